@@ -1,0 +1,113 @@
+"""Command lines: a YAML file plus flags become one frozen dataclass; a wrong key is answered with the nearest right one."""
+
+import dataclasses
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import jsonargparse
+import yaml
+
+Config = TypeVar("Config")
+RESERVED_FLAGS = ("--help", "-h", "--config", "--print_config")
+
+
+def parse(config_class: type[Config], argv: list[str] | None = None) -> Config:
+    """Read `--config FILE` and flags such as `--optimizer.learning_rate 1e-5` into a `config_class`.
+
+    Bool fields may be given bare (`--fresh`), and so may a str field whose metadata has "bare" (the value it then takes).
+    Exits with status 2 and one line on standard error for anything that is not a field or not a value of its type.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    fields = _leaf_fields(config_class)
+    arguments = _fill_bare_flags(arguments, fields)
+    _check_flags(arguments, fields)
+    _check_files(arguments, fields)
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    try:
+        return jsonargparse.auto_cli(config_class, as_positional=False, args=arguments)
+    except ValueError as error:  # a check in some __post_init__: the message is the answer, not the traceback
+        _refuse(str(error))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the config as nested plain dicts."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any) -> str:
+    """Return the resolved config as YAML in field order."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Return {"optimizer.learning_rate": 1e-5, ...} for a config or nested dict."""
+    nested = config if isinstance(config, dict) else to_dict(config)
+    flat = {}
+    for key, value in nested.items():
+        children = {f"{key}.{name}": inner for name, inner in flatten(value).items()} if isinstance(value, dict) else {}
+        flat.update(children or {key: value})
+    return flat
+
+
+def _leaf_fields(config_class: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Return the dotted name of every field that is not itself a config."""
+    hints, leaves = get_type_hints(config_class), {}
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hints[field.name]):
+            leaves.update(_leaf_fields(hints[field.name], f"{prefix}{field.name}."))
+        else:
+            leaves[prefix + field.name] = field
+    return leaves
+
+
+def _fill_bare_flags(arguments: list[str], fields: dict[str, dataclasses.Field]) -> list[str]:
+    filled = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        filled.append(argument)
+        field = fields.get(argument.removeprefix("--")) if argument.startswith("--") else None
+        if field is None or not following.startswith("--"):
+            continue
+        bare = "true" if field.type in (bool, "bool") else field.metadata.get("bare")
+        if bare is not None:
+            filled.append(bare)
+    return filled
+
+
+def _check_flags(arguments: list[str], fields: dict[str, dataclasses.Field]) -> None:
+    groups = {name.rsplit(".", depth)[0] for name in fields for depth in range(1, name.count(".") + 1)}
+    for argument in arguments:
+        flag = argument.split("=", 1)[0]
+        if flag.startswith("--") and flag not in RESERVED_FLAGS and flag[2:] not in {*fields, *groups}:
+            _refuse_unknown("flag", flag, [f"--{name}" for name in fields])
+
+
+def _check_files(arguments: list[str], fields: dict[str, dataclasses.Field]) -> None:
+    following = [*arguments[1:], ""]
+    files = [value for flag, value in zip(arguments, following, strict=True) if flag == "--config"]
+    files += [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+    for name in files:
+        if not Path(name).is_file():
+            choices = sorted(str(path) for path in Path(name).parent.glob("*.yaml"))
+            _refuse(f"--config {name}: no such file{'; there are ' + ', '.join(choices) if choices else ''}.")
+        content = yaml.safe_load(Path(name).read_text()) or {}
+        if not isinstance(content, dict):
+            _refuse(f"{name} must hold `key: value` lines, got {type(content).__name__}.")
+        for key in flatten(content):
+            if key not in fields:
+                _refuse_unknown("key", key, list(fields), f" in {name}")
+
+
+def _refuse_unknown(kind: str, name: str, known: list[str], where: str = "") -> None:
+    tails = {known_name.rsplit(".", 1)[-1].removeprefix("--"): known_name for known_name in known}
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    tail = difflib.get_close_matches(name.rsplit(".", 1)[-1].removeprefix("--"), tails, n=1, cutoff=0.6)
+    suggestion = nearest[0] if nearest else tails[tail[0]] if tail else ""
+    hint = f"did you mean {suggestion}?" if suggestion else "see --help for all of them."
+    _refuse(f"unknown {kind} {name}{where}; {hint}")
+
+
+def _refuse(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,35 @@
+"""Keys and values of every slot: the exact block cache, and behind it the current block's own, approximate ones."""
+
+import torch
+from torch import Tensor
+
+from fastdllm.model import BlockDiffusionLM
+
+
+class SlotCache:
+    """Preallocated keys and values [num_slots, G, capacity, E] of each layer; place p holds absolute position p.
+
+    Of each slot, the places below its finished length are the block cache: exact, from prefill and append passes alone.
+    The block_size places after them are the current block's own: denoising passes write them and later sub-block passes
+    of the same block read them (the sub-block cache); the append pass overwrites them all with exact ones. Nothing else
+    is ever visible, because every pass masks the places beyond its block.
+    """
+
+    def __init__(self, model: BlockDiffusionLM, num_slots: int, capacity: int):
+        config = model.qwen.config
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (model.num_layers, num_slots, config.num_key_value_heads, capacity, head_size)
+        self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.values = torch.zeros_like(self.keys)
+
+    def select(self, slots: Tensor, places: Tensor, num_visible: int) -> None:
+        """Say what the next pass writes: slots [R], places [R, T]; and that it sees places 0 .. num_visible - 1."""
+        self._slots, self._places, self._num_visible = slots, places, num_visible
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Write the fresh [R, G, T, E] keys and values; return the visible ones, [R, G, num_visible, E]."""
+        where = (self._slots[:, None], slice(None), self._places)
+        self.keys[layer][where] = key.transpose(1, 2)
+        self.values[layer][where] = value.transpose(1, 2)
+        seen = slice(0, self._num_visible)
+        return self.keys[layer][self._slots, :, seen], self.values[layer][self._slots, :, seen]

@@ -1,0 +1,243 @@
+"""The plain decoders, one sequence at a time: the truth that the engine is tested against. Slow on purpose.
+
+Source: method.md 3.1 to 3.4, without the published code's defects (3.6).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastdllm.decoding.policies import accept_by_threshold, propose
+from fastdllm.masks import decode_attention_mask
+from fastdllm.model import BlockDiffusionLM
+
+
+@dataclass
+class Decoded:
+    """What a plain decoder returns: the new tokens, and how many passes of each kind they took."""
+
+    tokens: list[int] = field(default_factory=list)
+    denoise_passes: int = 0
+    append_passes: int = 0
+    full_passes: int = 0
+    margins: list[float] = field(default_factory=list)
+    """Of each decision, its distance to the other choice: |confidence - threshold| and top-2 margins, smallest first."""
+
+
+@torch.no_grad()
+def decode_plain(
+    model: BlockDiffusionLM,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    threshold: float,
+    sub_block_size: int,
+) -> Decoded:
+    """Decode greedily with one pass over the whole sequence at each denoising step: no caches at all."""
+    result, size = Decoded(), model.block_size
+    tokens = list(prompt)
+    if len(tokens) % size == 0:
+        tokens.append(_next_token(model, tokens))
+    while True:
+        tokens += [model.mask_token_id] * (-len(tokens) % size)
+        for offset in range(len(tokens) - size, len(tokens), sub_block_size):
+            while model.mask_token_id in tokens[offset : offset + sub_block_size]:
+                logits = _whole_logits(model, tokens)[offset - 1 : offset - 1 + sub_block_size]
+                if offset == 0:  # place 0 has no row before it and is never masked
+                    logits = torch.cat(
+                        [logits.new_zeros(1, model.qwen.config.vocab_size), _whole_logits(model, tokens)]
+                    )
+                    logits = logits[:sub_block_size]
+                _unmask(tokens, offset, logits, model.mask_token_id, threshold, result)
+                result.denoise_passes += 1
+                result.full_passes += 1
+                if _is_finished(tokens, prompt, model.mask_token_id, max_new_tokens, stop_ids, result):
+                    return result
+        result.append_passes += 1
+        tokens.append(_next_token(model, tokens))
+        if _is_finished(tokens, prompt, model.mask_token_id, max_new_tokens, stop_ids, result):
+            return result
+
+
+@torch.no_grad()
+def decode_with_stale_keys(
+    model: BlockDiffusionLM,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    threshold: float,
+    sub_block_size: int,
+    reuse_k: int = 1,
+) -> Decoded:
+    """Decode greedily with the sub-block cache kept explicitly: the prefix is computed afresh at each pass, the block's
+    own keys and values are those of the last full pass, overwritten in place by sub-block passes.
+
+    With reuse_k above 1 a reuse step runs no layer: it takes the logits of the last full pass, which is what reuse mode
+    "output" amounts to for every subset (method.md 5.3).
+    """
+    result, size, tokens = Decoded(), model.block_size, list(prompt)
+    if len(tokens) % size == 0:
+        tokens.append(_next_token(model, tokens))
+    while True:
+        tokens += [model.mask_token_id] * (-len(tokens) % size)
+        start, step, own, stale = len(tokens) - size, 0, None, None
+        for offset in range(0, size, sub_block_size):
+            inside = slice(start + offset, start + offset + sub_block_size)
+            while model.mask_token_id in tokens[inside]:
+                if own is None or tokens[start + offset] == model.mask_token_id:
+                    own = StaleKeys(start, 0)
+                    stale = shifted = _shift(_pass_logits(model, tokens, start, start + size, own))
+                    shifted = shifted[offset : offset + sub_block_size]
+                    result.full_passes += 1
+                elif step % reuse_k == 0:
+                    own.first = offset
+                    shifted = _shift(_pass_logits(model, tokens, inside.start, inside.stop, own))
+                else:
+                    shifted = stale[offset : offset + sub_block_size]
+                _unmask(tokens, start + offset, shifted, model.mask_token_id, threshold, result)
+                result.denoise_passes += 1
+                step += 1
+                if _is_finished(tokens, prompt, model.mask_token_id, max_new_tokens, stop_ids, result):
+                    return result
+        result.append_passes += 1
+        tokens.append(_next_token(model, tokens))
+        if _is_finished(tokens, prompt, model.mask_token_id, max_new_tokens, stop_ids, result):
+            return result
+
+
+class StaleKeys:
+    """The current block's keys and values of each layer, [1, G, D, E], written from place `first` of the block on; before
+    them stands the prefix, computed in the same pass."""
+
+    def __init__(self, prefix_length: int, first: int):
+        self.prefix_length, self.first = prefix_length, first
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        return self._update(self.keys, key, layer), self._update(self.values, value, layer)
+
+    def _update(self, kept: dict[int, Tensor], fresh: Tensor, layer: int) -> Tensor:
+        prefix, own = fresh[:, :, : self.prefix_length], fresh[:, :, self.prefix_length :]
+        if layer not in kept:
+            kept[layer] = own.clone()
+        kept[layer][:, :, self.first : self.first + own.shape[2]] = own
+        return torch.cat([prefix, kept[layer]], dim=2)
+
+
+def _pass_logits(model: BlockDiffusionLM, tokens: list[int], begin: int, end: int, own: StaleKeys) -> Tensor:
+    """Return the logits [end - begin, V] of rows begin..end-1, which see the prefix and the block's keys in `own`."""
+    prefix, size = own.prefix_length, model.block_size
+    positions = torch.tensor([[*range(prefix), *range(begin, end)]], device=model.device)
+    keys = torch.arange(prefix + size, device=model.device)[None]
+    attention_mask = decode_attention_mask(positions, keys, size, "block")
+    clean = decode_attention_mask(positions, keys, size, model.context_attention)
+    attention_mask[:, :, :prefix] = clean[:, :, :prefix]
+    rows = torch.tensor([tokens[:prefix] + tokens[begin:end]], device=model.device)
+    hidden = model.hidden_states(rows, positions, attention_mask, own)
+    return model.logits(hidden[0, prefix:])
+
+
+@torch.no_grad()
+def decode_autoregressive(
+    model: BlockDiffusionLM, prompt: list[int], *, max_new_tokens: int, stop_ids: frozenset[int]
+) -> list[int]:
+    """Decode greedily token by token with one causal pass over the whole sequence for each."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_new_tokens and (len(tokens) == len(prompt) or tokens[-1] not in stop_ids):
+        positions = torch.arange(len(tokens), device=model.device)[None]
+        attention_mask = decode_attention_mask(positions, positions, model.block_size, "causal")
+        hidden = model.hidden_states(torch.tensor([tokens], device=model.device), positions, attention_mask)
+        tokens.append(int(model.logits(hidden[0, -1]).argmax()))
+    return tokens[len(prompt) :]
+
+
+@torch.no_grad()
+def decode_with_transformers(
+    model: BlockDiffusionLM,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    pad_token_id: int,
+) -> list[list[int]]:
+    """Decode a batch greedily with transformers' own `generate` on the same weights: the outside AR baseline."""
+    name = model.qwen.config._attn_implementation
+    model.qwen.set_attn_implementation("sdpa")
+    width = max(len(prompt) for prompt in prompts)
+    padded = [[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    is_token = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    output = model.qwen.generate(
+        torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(is_token, device=model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        eos_token_id=sorted(stop_ids),
+        pad_token_id=pad_token_id,
+    )
+    model.qwen.set_attn_implementation(name)
+    return [_through_stop(row, stop_ids) for row in output[:, width:].tolist()]
+
+
+def _through_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:
+    stops = [place for place, token in enumerate(tokens) if token in stop_ids]
+    return tokens[: stops[0] + 1] if stops else tokens
+
+
+def _whole_logits(model: BlockDiffusionLM, tokens: list[int]) -> Tensor:
+    """Return the logits [T, V] of a pass over the whole sequence: clean blocks, and the last one as a denoised block."""
+    size, positions = model.block_size, torch.arange(len(tokens), device=model.device)[None]
+    attention_mask = decode_attention_mask(positions, positions, size, model.context_attention)
+    if len(tokens) % size == 0:
+        attention_mask[:, :, -size:] = decode_attention_mask(positions[:, -size:], positions, size, "block")
+    hidden = model.hidden_states(torch.tensor([tokens], device=model.device), positions, attention_mask)
+    return model.logits(hidden[0])
+
+
+def _next_token(model: BlockDiffusionLM, tokens: list[int]) -> int:
+    """Return the greedy token after finished blocks: a clean pass, as prefill and append do."""
+    positions = torch.arange(len(tokens), device=model.device)[None]
+    attention_mask = decode_attention_mask(positions, positions, model.block_size, model.context_attention)
+    hidden = model.hidden_states(torch.tensor([tokens], device=model.device), positions, attention_mask)
+    return int(model.logits(hidden[0, -1]).argmax())
+
+
+def _shift(logits: Tensor) -> Tensor:
+    """Apply the token shift inside a pass: row i gives its logits to place i + 1; place 0 is never masked."""
+    return torch.cat([logits[:1], logits[:-1]])
+
+
+def _unmask(tokens: list[int], offset: int, logits: Tensor, mask_id: int, threshold: float, result: Decoded) -> None:
+    token, confidence = propose(logits[None])
+    is_candidate = torch.tensor(
+        [[t == mask_id for t in tokens[offset : offset + logits.shape[0]]]], device=logits.device
+    )
+    is_accepted = accept_by_threshold(confidence, is_candidate, threshold)
+    for place in is_accepted[0].nonzero().flatten().tolist():
+        tokens[offset + place] = int(token[0, place])
+    _note_margins(logits, confidence, is_candidate, is_accepted, threshold, result)
+
+
+def _note_margins(logits, confidence, is_candidate, is_accepted, threshold: float, result: Decoded) -> None:
+    """Note how near any decision of this step was to going the other way."""
+    candidates = confidence[is_candidate]
+    margins = (candidates - threshold).abs().tolist() if threshold < 1 else []
+    top = candidates.topk(min(2, len(candidates))).values
+    margins += [float(top[0] - top[1])] if len(top) == 2 else []
+    best_two = logits[is_accepted[0]].softmax(-1).topk(2).values  # [accepted, 2]
+    margins += (best_two[:, 0] - best_two[:, 1]).tolist()
+    result.margins = sorted(result.margins + margins)[:3]
+
+
+def _is_finished(tokens, prompt, mask_id: int, max_new_tokens: int, stop_ids: frozenset[int], result: Decoded) -> bool:
+    """Set `result.tokens` and return True at a final stop token or at the limit."""
+    new = tokens[len(prompt) :]
+    final = new[: new.index(mask_id)] if mask_id in new else new
+    result.tokens = _through_stop(final[:max_new_tokens], stop_ids)
+    return len(result.tokens) == max_new_tokens or (bool(result.tokens) and result.tokens[-1] in stop_ids)

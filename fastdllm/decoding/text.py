@@ -1,0 +1,82 @@
+"""Text in, text out: a loaded checkpoint that answers prompts."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from transformers import PreTrainedTokenizerBase
+
+from fastdllm.checkpoint import Adaptation, load_checkpoint
+from fastdllm.decoding.engine import DecodeConfig, Engine
+from fastdllm.decoding.reuse import ReuseConfig
+from fastdllm.decoding.rows import Request
+from fastdllm.model import BlockDiffusionLM
+from fastdllm.runtime import get_optimal_dtype, pick_device
+
+
+class TextGenerator:
+    """Owns a model and its tokenizer. `generate` and `stream` take a prompt text (one user turn) or chat messages, and any
+    field of DecodeConfig or ReuseConfig as an option, such as threshold=0.9 or reuse_k=2."""
+
+    def __init__(self, model: BlockDiffusionLM, tokenizer: PreTrainedTokenizerBase, mode: str, decode: DecodeConfig):
+        self.model, self.tokenizer, self.mode, self.decode = model, tokenizer, mode, decode
+
+    def generate(
+        self, prompt: str | list[dict[str, str]], *, max_new_tokens: int = 512, seed: int = 0, **options
+    ) -> str:
+        """Return the answer, at most `max_new_tokens` tokens long.
+
+        Raises:
+            ValueError: an unknown option, or a value outside its range.
+        """
+        engine, request = self._prepare(prompt, max_new_tokens, seed, options)
+        return next(iter(engine.run([request]))).text
+
+    def stream(
+        self, prompt: str | list[dict[str, str]], *, max_new_tokens: int = 512, seed: int = 0, **options
+    ) -> Iterator[str]:
+        """Yield the answer in pieces as they become final; joined they equal what `generate` returns."""
+        engine, request = self._prepare(prompt, max_new_tokens, seed, options)
+        tokens, shown = [], ""
+        for piece in engine.stream(request):
+            tokens += [token for token in piece if token not in engine.stop_ids]
+            text = self.tokenizer.decode(tokens, skip_special_tokens=False)
+            if len(text) > len(shown) and not text.endswith("\ufffd"):  # half a character waits for its other tokens
+                yield text[len(shown) :]
+                shown = text
+
+    def _prepare(self, prompt, max_new_tokens: int, seed: int, options: dict) -> tuple[Engine, Request]:
+        known = {field.name for config in (DecodeConfig, ReuseConfig) for field in dataclasses.fields(config)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}.")
+        reuse_names = {field.name for field in dataclasses.fields(ReuseConfig)}
+        reuse = ReuseConfig(**{name: value for name, value in options.items() if name in reuse_names})
+        decode = {name: value for name, value in options.items() if name not in reuse_names}
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        config = dataclasses.replace(self.decode, **decode)
+        engine = Engine(self.model, self.tokenizer, mode=self.mode, decode=config, reuse=reuse, batch_size=1)
+        return engine, Request(prompt=ids, max_new_tokens=max_new_tokens, seed=seed)
+
+
+def load(source: str, *, device: str = "auto", mode: str = "auto") -> TextGenerator:
+    """Return a generator for a checkpoint, in the device's best dtype.
+
+    Args:
+        source: hub id, HF folder (an export, a published Fast-dLLM v2 checkpoint, or a plain Qwen2.5) or GGUF file.
+        device: auto, cpu, cuda or cuda:N.
+        mode: diffusion, ar, or auto: diffusion for an adapted checkpoint, token by token for a plain one.
+    Raises:
+        ValueError: diffusion is asked of a checkpoint that was never adapted.
+    """
+    place = pick_device(device)
+    checkpoint = load_checkpoint(source, dtype=get_optimal_dtype(place)[0], device=str(place))
+    adaptation = checkpoint.adaptation
+    if mode == "diffusion" and adaptation is None:
+        raise ValueError(f"{source} was never adapted to block diffusion; adapt it with train.py, or use mode ar.")
+    if mode == "auto":
+        mode = "ar" if adaptation is None else "diffusion"
+    remembered = adaptation or Adaptation()
+    decode = DecodeConfig(threshold=remembered.threshold, sub_block_size=remembered.sub_block_size)
+    return TextGenerator(checkpoint.model(), checkpoint.tokenizer, mode, decode)

@@ -1,0 +1,124 @@
+"""What this process runs on: device, precision and why, code revision, versions, and files written safely."""
+
+import os
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+# Dense peaks in FLOP/s from the vendors' data sheets (no sparsity), matched in this order as lower-case substrings of
+# the device name. Lightning's own table mixes dense and sparse figures, so it is not used.
+DENSE_BF16_PEAKS = {
+    "h200": 989e12,
+    "h100 nvl": 835e12,
+    "h100 pcie": 756e12,
+    "h100": 989e12,
+    "h20": 148e12,
+    "b200": 2250e12,
+    "l40s": 362e12,
+    "l4": 121e12,
+    "a100": 312e12,
+    "a40": 150e12,
+    "a10": 125e12,
+    "rtx 4090": 165e12,
+    "rtx 3090": 71e12,
+    "rtx 6000 ada": 364e12,
+}
+REPORTED_LIBRARIES = ("torch", "lightning", "transformers", "datasets", "deepspeed", "lm_eval", "triton")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device called `name`: "auto" (CUDA when present), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ValueError: CUDA is asked for and absent, or the name is unknown.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not name.startswith("cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}.")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} needs a CUDA GPU and none is visible; try device cpu.")
+    return torch.device(name)
+
+
+def get_optimal_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """Return the compute dtype for `device` and the reason, for printing."""
+    if device.type != "cuda":
+        return torch.float32, "float32: the CPU is exact and has no faster small dtype that every machine supports"
+    major, minor = torch.cuda.get_device_capability(device)
+    capability = f"compute capability {major}.{minor}"
+    if (major, minor) >= (8, 0):
+        return torch.bfloat16, f"bfloat16: {capability} is 8.0 or newer"
+    if (major, minor) >= (7, 0):
+        return torch.float16, f"float16 with loss scaling: {capability} has no bfloat16 units (8.0 has)"
+    return torch.float32, f"float32: {capability} is older than 7.0, without fast half precision"
+
+
+def device_name(device: torch.device) -> str:
+    """Return a name for rows and tables, such as "NVIDIA H100 80GB HBM3" or "cpu (AMD EPYC, 2 threads)"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"cpu ({models[0] if models else 'unknown'}, {torch.get_num_threads()} threads)"
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the dense bf16 peak in FLOP/s, or None for a device that the table does not know."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    return next((peak for key, peak in DENSE_BF16_PEAKS.items() if key in name), None)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the free memory of the device (CUDA) or of the machine (CPU), in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    available = [line for line in info.read_text().splitlines() if "MemAvailable" in line] if info.exists() else []
+    if available:
+        return int(available[0].split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def code_revision() -> tuple[str, bool]:
+    """Return the commit of this source tree ("unknown" outside git) and whether tracked files differ from it."""
+    root = Path(__file__).resolve().parent.parent
+    commit = _git(root, "rev-parse", "HEAD")
+    status = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return (commit, bool(status)) if commit else ("unknown", False)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git program: the revision is unknown, which the caller reports
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def library_versions() -> dict[str, str]:
+    """Return the installed versions of the libraries that results depend on."""
+    versions = {}
+    for name in REPORTED_LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` aside, sync it to disk and rename it into place, so that no reader sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)

@@ -1,0 +1,66 @@
+"""Shared fixtures: a tiny random Qwen2 and a byte tokenizer, both made from code; no downloads."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+VOCABULARY = 272
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "|<MASK>|"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--offline", default="", help="folder with local evaluation data, laid out by hub id")
+
+
+@pytest.fixture(scope="session")
+def offline(request):
+    folder = request.config.getoption("--offline")
+    if not folder:
+        pytest.skip("needs --offline DIR (local evaluation data)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL_TOKENS,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_qwen(seed: int = 0, **changes) -> Qwen2ForCausalLM:
+    """Return a random Qwen2 of 2 layers, width 32, vocabulary 272, in float32."""
+    shape = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(Qwen2Config(**{**shape, **changes})).eval()
+
+
+@pytest.fixture
+def tiny_qwen():
+    return make_qwen()
