@@ -1,4 +1,4 @@
-"""Command lines: a YAML file plus flags become one frozen dataclass; a wrong key is answered with the nearest right one."""
+"""Command lines: a YAML file plus flags become one frozen dataclass; a wrong key is answered with the nearest one."""
 
 import dataclasses
 import difflib
@@ -14,9 +14,9 @@ RESERVED_FLAGS = ("--help", "-h", "--config", "--print_config")
 
 
 def parse(config_class: type[Config], argv: list[str] | None = None) -> Config:
-    """Read `--config FILE` and flags such as `--optimizer.learning_rate 1e-5` into a `config_class`.
+    """Read `--config FILE` and flags such as `--optimizer.learning_rate 1e-5` into `config_class`.
 
-    Bool fields may be given bare (`--fresh`), and so may a str field whose metadata has "bare" (the value it then takes).
+    Bool fields may be given bare (`--fresh`), and so may a str field with "bare" (its value then) as metadata.
     Exits with status 2 and one line on standard error for anything that is not a field or not a value of its type.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -1,7 +1,7 @@
 """Who may attend to whom: predicates over rows, and their two forms (dense bool for SDPA, BlockMask for FlexAttention).
 
-A training row is one token in one of three halves of its sample: the two noised views and the clean half. Three integers
-per row (half, document, position) decide everything: attention, rotary angle and loss. Source: method.md 2.3.
+A training row is one token in one part of its sample: one of the two noised views, or the clean half. Three integers per
+row (half, document, position) decide everything: attention, rotary angle and loss. Source: Fast-dLLM v2, section 3.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def training_rows(document: Tensor, position: Tensor) -> Rows:
 
 
 def clean_rows(document: Tensor, position: Tensor) -> Rows:
-    """Return the rows of samples read once, without views: the autoregressive objective and clean passes. [B, L] each."""
+    """Return the rows of samples without views, for the autoregressive objective; all are [B, L]."""
     return Rows(torch.full_like(document, CLEAN), document, position)
 
 
@@ -53,7 +53,7 @@ def training_attention(rows: Rows, block_size: int, context_attention: ContextAt
     A noised row attends to its own block in its own view, in both directions, and to the clean rows of strictly earlier
     blocks. A clean row attends to clean rows: of its own and earlier blocks ("block"), or at its own and earlier
     positions ("causal", which keeps an exact autoregressive mode). No row leaves its document.
-    Source: method.md 2.3; the published mask has two halves and one view, this one has both views beside one clean half.
+    Source: Fast-dLLM v2, whose mask has one view beside each clean half; here both views share one.
     """
     half, document, position = rows
     block = position // block_size

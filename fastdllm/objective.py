@@ -27,8 +27,8 @@ class ObjectiveConfig:
     block_size: int = 32
     """Tokens generated together; a power of two from 4 to 128. The published models use 32."""
     first_token: Literal["noised", "clean"] = "noised"
-    """Row that predicts each block's first token: of the noised view before it (the paper), or of the clean half (clean),
-    the row that inference really uses."""
+    """Row that predicts each block's first token: the noised view's row before it (the paper), or the clean half's
+    (clean), which is the one that inference uses."""
     context_attention: Literal["block", "causal"] = "block"
     """Attention inside the clean half: by block (the paper), or token by token (causal), which keeps an exact
     autoregressive mode."""
@@ -44,8 +44,8 @@ class ObjectiveConfig:
             raise ValueError(f"objective.ar_loss_weight must be 0 or more, got {self.ar_loss_weight}.")
         if self.ar_loss_weight > 0 and self.context_attention != "causal":
             raise ValueError(
-                "objective.ar_loss_weight above 0 needs objective.context_attention causal, got block: with block-causal "
-                "attention the clean rows see the tokens that they would have to predict."
+                "objective.ar_loss_weight above 0 needs objective.context_attention causal, got block: with "
+                "block-causal attention the clean rows see the tokens that they would have to predict."
             )
         if self.kind == "autoregressive" and (self.ar_loss_weight > 0 or self.first_token != "noised"):
             raise ValueError("objective.kind autoregressive has no views: leave ar_loss_weight and first_token alone.")

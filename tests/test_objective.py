@@ -15,7 +15,7 @@ MASK, D = 259, 4
 
 
 def make_batch(seed=0):
-    """Two samples of 24 tokens. The first: two documents (8 and 12 places, padded inside) and padding; the second: one."""
+    """Two samples of 24 tokens: two documents of 8 and 12 places (padded inside) and padding; one document."""
     torch.manual_seed(seed)
     document = torch.tensor([[1] * 8 + [2] * 12 + [0] * 4, [1] * 24])
     position = torch.stack([torch.cat([torch.arange(8), torch.arange(12), torch.arange(4)]), torch.arange(24)])

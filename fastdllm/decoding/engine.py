@@ -44,7 +44,8 @@ class DecodeConfig:
             raise ValueError(f"decode.threshold must be in (0, 1], got {self.threshold}; 1.0 is one token per step.")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"decode.temperature must be 0 or more and decode.top_p in (0, 1], got {self.temperature} and {self.top_p}."
+                f"decode.temperature must be 0 or more and decode.top_p in (0, 1], got {self.temperature} and "
+                f"{self.top_p}; temperature 0 is greedy."
             )
         if self.sub_block_size < 1:
             raise ValueError(f"decode.sub_block_size must be 1 or more, got {self.sub_block_size}; try 8.")
@@ -90,8 +91,8 @@ class Engine:
             )
         if self.reuse.reuse_k > 1 and (self.mode == "ar" or not self.decode.use_block_cache):
             raise ValueError(
-                f"reuse_k {self.reuse.reuse_k} needs diffusion decoding with use_block_cache true: without the sub-block "
-                "cache every denoising step is a full pass, and nothing is ever reused; set reuse_k 1 or the cache on."
+                f"reuse_k {self.reuse.reuse_k} needs diffusion decoding with use_block_cache true: without the "
+                "sub-block cache every denoising step is a full pass and nothing is ever reused; set reuse_k 1 or the cache on."
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}.")

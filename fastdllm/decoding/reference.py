@@ -22,7 +22,7 @@ class Decoded:
     append_passes: int = 0
     full_passes: int = 0
     margins: list[float] = field(default_factory=list)
-    """Of each decision, its distance to the other choice: |confidence - threshold| and top-2 margins, smallest first."""
+    """The smallest distances of any decision to going the other way: confidence to threshold, and top-2 margins."""
 
 
 @torch.no_grad()
@@ -109,8 +109,10 @@ def decode_with_stale_keys(
 
 
 class StaleKeys:
-    """The current block's keys and values of each layer, [1, G, D, E], written from place `first` of the block on; before
-    them stands the prefix, computed in the same pass."""
+    """The current block's keys and values of each layer, [1, G, D, E], written from place `first` of the block on.
+
+    Before them stands the prefix, computed in the same pass.
+    """
 
     def __init__(self, prefix_length: int, first: int):
         self.prefix_length, self.first = prefix_length, first
@@ -191,7 +193,7 @@ def _through_stop(tokens: list[int], stop_ids: frozenset[int]) -> list[int]:
 
 
 def _whole_logits(model: BlockDiffusionLM, tokens: list[int]) -> Tensor:
-    """Return the logits [T, V] of a pass over the whole sequence: clean blocks, and the last one as a denoised block."""
+    """Return the logits [T, V] of a pass over the whole sequence, its last whole block as a denoised block."""
     size, positions = model.block_size, torch.arange(len(tokens), device=model.device)[None]
     attention_mask = decode_attention_mask(positions, positions, size, model.context_attention)
     if len(tokens) % size == 0:

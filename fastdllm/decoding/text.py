@@ -14,8 +14,11 @@ from fastdllm.runtime import get_optimal_dtype, pick_device
 
 
 class TextGenerator:
-    """Owns a model and its tokenizer. `generate` and `stream` take a prompt text (one user turn) or chat messages, and any
-    field of DecodeConfig or ReuseConfig as an option, such as threshold=0.9 or reuse_k=2."""
+    """Owns a model and its tokenizer.
+
+    `generate` and `stream` take a prompt text (one user turn) or chat messages, and any field of DecodeConfig or
+    ReuseConfig as an option, such as threshold=0.9 or reuse_k=2.
+    """
 
     def __init__(self, model: BlockDiffusionLM, tokenizer: PreTrainedTokenizerBase, mode: str, decode: DecodeConfig):
         self.model, self.tokenizer, self.mode, self.decode = model, tokenizer, mode, decode

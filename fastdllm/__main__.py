@@ -1,0 +1,71 @@
+"""python -m fastdllm COMMAND: the small commands beside train.py and evaluate.py."""
+
+import sys
+from dataclasses import dataclass
+
+from fastdllm.cli import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a run's newest complete checkpoint as an HF folder, <run>/export."""
+
+    run: str
+    """Run folder, such as runs/demo."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Turn a hub id or a GGUF file into a local HF folder, without adapting it."""
+
+    source: str
+    """Hub id, HF folder or .gguf file of the Qwen2.5 family."""
+    output: str
+    """Folder to write."""
+
+
+def export(arguments: list[str]) -> None:
+    from fastdllm.training.export import export_run
+
+    export_run(parse(ExportConfig, arguments).run)
+
+
+def convert(arguments: list[str]) -> None:
+    import torch
+
+    from fastdllm.checkpoint import load_checkpoint, save_checkpoint
+
+    config = parse(ConvertConfig, arguments)
+    source = load_checkpoint(config.source, dtype=torch.bfloat16)
+    weights, qwen_config = source.qwen.state_dict(), source.qwen.config
+    save_checkpoint(
+        config.output, weights, qwen_config, source.tokenizer, source.mask_token_id, source.adaptation, dtype=torch.bfloat16
+    )
+    print(f"{config.source} is now the HF folder {config.output}")
+
+
+def inspect_data(arguments: list[str]) -> None:
+    from fastdllm.demo.inspect_data import main
+
+    main(arguments)
+
+
+COMMANDS = {"export": export, "convert": convert, "inspect-data": inspect_data}
+
+
+def main() -> None:
+    """Run the command named by the first argument; without a known one, list them and exit with status 2."""
+    name, *arguments = sys.argv[1:] or [""]
+    if name not in COMMANDS:
+        lines = "\n".join(f"  python -m fastdllm {command} --help" for command in COMMANDS)
+        print(f"error: command must be one of these, got {name!r}:\n{lines}", file=sys.stderr)
+        raise SystemExit(2)
+    try:
+        COMMANDS[name](arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,351 @@
+"""Checkpoints: from a hub id, an HF folder or a GGUF file into stock Qwen2, and back into an HF folder.
+
+Three kinds of folder are read: stock Qwen2 (autoregressive), our exports, and published Fast-dLLM v2 checkpoints. The
+last two share weight names and config keys. The published `configuration.py` and `modeling.py`, to which an export's
+`auto_map` points, are not ours to ship: whoever wants to run an export with them copies them beside it. No remote code
+is run and nothing is unpickled: config and tokenizer are JSON, weights are safetensors or GGUF.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from fastdllm.config_json import (
+    QWEN_VOCAB_SIZES,
+    Adaptation,
+    adaptation_of,
+    adapted_config,
+    qwen_arguments,
+    read_config,
+    stock_config,
+)
+from fastdllm.gguf import CONTROL, NORMAL, GgufFile, TokenizerParts
+from fastdllm.model import BlockDiffusionLM
+from fastdllm.runtime import write_text
+
+MASK_TOKEN = "|<MASK>|"
+QWEN_MASK_TOKEN_ID = 151665  # the first id that Qwen2.5's tokenizer leaves free
+SHARD_SIZE = "5GB"
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "merges.txt"]
+VOLATILE_KEYS = ("transformers_version", "_name_or_path")  # say nothing about the model: not part of its digest
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """A loaded model with all that is needed to run it; owns its tensors."""
+
+    qwen: Qwen2ForCausalLM
+    """Stock layers, in evaluation mode."""
+    tokenizer: PreTrainedTokenizerFast
+    """Knows the mask token and has a chat template."""
+    mask_token_id: int
+    """Below the model's vocabulary size."""
+    adaptation: Adaptation | None
+    """None: a plain autoregressive checkpoint."""
+    source: str
+    """As the caller named it."""
+    digest: str
+    """16 hex digits over config and weight bytes."""
+
+    def model(self) -> BlockDiffusionLM:
+        """Return the block-diffusion model around `qwen`; a plain checkpoint attends causally, in blocks of 32."""
+        adaptation = self.adaptation or Adaptation(context_attention="causal")
+        return BlockDiffusionLM(
+            self.qwen,
+            block_size=adaptation.block_size,
+            mask_token_id=self.mask_token_id,
+            context_attention=adaptation.context_attention,
+        )
+
+
+def load_checkpoint(
+    source: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Checkpoint:
+    """Load a hub id, a local HF folder or a local .gguf file (dequantised to dense weights).
+
+    Raises:
+        FileNotFoundError: the source or one of its files is missing.
+        ValueError: another architecture, unsupported attention or RoPE, weights that do not fit the config, or a
+            tokenizer without chat template or without room for the mask token.
+    """
+    path = _local_path(source)
+    if path.suffix == ".gguf":
+        gguf = GgufFile(path)
+        raw = gguf.config()
+        config = Qwen2Config(**qwen_arguments(raw, source))
+        tokenizer, tensors, files = _tokenizer_from_parts(gguf.tokenizer_parts()), gguf.tensors(dtype), [path]
+    else:
+        raw = read_config(path)
+        config = Qwen2Config(**qwen_arguments(raw, source))
+        tokenizer, files = _load_tokenizer(path), _weight_files(path)
+        tensors = _read_tensors(files)
+    if not tokenizer.chat_template:
+        raise ValueError(f"The tokenizer of {source} has no chat template; use the Instruct model's tokenizer files.")
+    mask_token_id = add_mask_token(tokenizer, config.vocab_size)
+    if raw.get("mask_token_id", mask_token_id) != mask_token_id:
+        raise ValueError(
+            f"{source}: config.json has mask_token_id {raw['mask_token_id']} but its tokenizer gives {MASK_TOKEN} the "
+            f"id {mask_token_id}; the two files do not belong together."
+        )
+    return Checkpoint(
+        qwen=_build_qwen(config, tensors, dtype, device, source),
+        tokenizer=tokenizer,
+        mask_token_id=mask_token_id,
+        adaptation=adaptation_of(raw, source),
+        source=source,
+        digest=_digest(raw, files),
+    )
+
+
+def read_adaptation(folder: str | Path) -> Adaptation | None:
+    """Return what the checkpoint in `folder` remembers; None for a plain autoregressive one."""
+    return adaptation_of(read_config(folder), str(folder))
+
+
+def checkpoint_size(source: str) -> int:
+    """Return the number of parameters without loading weights; a tied embedding counts once."""
+    path = _local_path(source, config_only=True)
+    raw = GgufFile(path).config() if path.suffix == ".gguf" else read_config(path)
+    qwen = _empty_qwen(Qwen2Config(**qwen_arguments(raw, source)))
+    return sum(parameter.numel() for parameter in qwen.parameters())
+
+
+def add_mask_token(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> int:
+    """Return the mask token's id, adding the token under the first free id where the tokenizer lacks it.
+
+    Raises:
+        ValueError: the id has no embedding row (none is added), or in Qwen2.5 is not the published 151665.
+    """
+    if MASK_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(MASK_TOKEN, special=True, normalized=False)], special_tokens=True)
+    mask_token_id = tokenizer.convert_tokens_to_ids(MASK_TOKEN)
+    if mask_token_id >= vocab_size:
+        raise ValueError(
+            f"The mask token {MASK_TOKEN} gets id {mask_token_id}, but the embedding has only {vocab_size} rows and is "
+            f"never resized; use a tokenizer that already holds {MASK_TOKEN}, or a model with a spare row."
+        )
+    if vocab_size in QWEN_VOCAB_SIZES and mask_token_id != QWEN_MASK_TOKEN_ID:
+        raise ValueError(
+            f"The mask token {MASK_TOKEN} must have id {QWEN_MASK_TOKEN_ID} in Qwen2.5, as published checkpoints have "
+            f"it, got {mask_token_id}; use the tokenizer without added tokens."
+        )
+    return mask_token_id
+
+
+def save_checkpoint(
+    folder: str | Path,
+    state_dict: dict[str, Tensor],
+    config: Qwen2Config,
+    tokenizer: PreTrainedTokenizerFast,
+    mask_token_id: int,
+    adaptation: Adaptation | None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write an HF folder aside and rename it into place, replacing a checkpoint that lies there.
+
+    Args:
+        state_dict: under the names of `Qwen2ForCausalLM`; a tied `lm_head.weight` is left out of the file.
+        adaptation: None writes a stock Qwen2 config, which transformers' `AutoModelForCausalLM` reads.
+    Raises:
+        ValueError: the weights do not fit the config, or `folder` holds something that is no checkpoint.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists())):
+        raise ValueError(f"{folder} exists and is no checkpoint (no config.json), so it is not replaced; name another.")
+    weights = {name: tensor for name, tensor in state_dict.items() if not _is_tied_head(name, config)}
+    _check_weights({name: tensor.shape for name, tensor in weights.items()}, _empty_qwen(config), str(folder))
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    raw = stock_config(config.to_dict(), dtype)
+    if adaptation is not None:
+        ids = {"eos_token_id": tokenizer.eos_token_id, "mask_token_id": mask_token_id}
+        raw = adapted_config(config.to_dict(), dtype, adaptation=adaptation, **ids)
+    _write_json(partial / "config.json", raw)
+    ends = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(partial / "generation_config.json", ends | {"do_sample": False})
+    _save_tokenizer(partial, tokenizer)
+    _save_weights(partial, weights, dtype)
+    _replace(partial, folder)
+
+
+def _local_path(source: str, config_only: bool = False) -> Path:
+    """Return the folder or file that `source` names, downloaded where it is a hub id."""
+    path = Path(source).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise ValueError(f"{source} is a file but no .gguf; give its folder, a .gguf file or a hub id.")
+    if path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"{source} does not exist; give an HF folder, a .gguf file or a hub id (owner/name).")
+    try:
+        return Path(snapshot_download(source, allow_patterns=["config.json"] if config_only else HUB_FILES))
+    except OSError as error:  # no network, offline mode, no such repository, no access
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise FileNotFoundError(
+            f"{source} is no local folder, and as a hub id it could not be downloaded ({reason}). "
+            "Give a local HF folder or a .gguf file, or check the name and the network."
+        ) from error
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load tokenizer.json, or vocab.json and merges.txt, as they are: without transformers' choice by model type."""
+    if (folder / "tokenizer.json").exists():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        return Qwen2Tokenizer.from_pretrained(folder)
+    raise FileNotFoundError(f"{folder} has no tokenizer.json (nor vocab.json and merges.txt); copy them there.")
+
+
+def _tokenizer_from_parts(parts: TokenizerParts) -> PreTrainedTokenizerFast:
+    """Build the fast Qwen2 tokenizer with every id as in the file: plain tokens first, special ones added."""
+    kinds = list(zip(parts.tokens, parts.token_types, strict=True))
+    special = {
+        index: AddedToken(token, special=kind == CONTROL, normalized=False)
+        for index, (token, kind) in enumerate(kinds)
+        if kind != NORMAL
+    }
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: index for index, (token, kind) in enumerate(kinds) if kind == NORMAL},
+        merges=[tuple(merge.split(" ")) for merge in parts.merges],
+        added_tokens_decoder=special,
+        unk_token=None,
+        eos_token=parts.tokens[parts.eos_token_id],
+        pad_token=parts.tokens[parts.pad_token_id],
+    )
+    tokenizer.chat_template = parts.chat_template
+    wrong = [token for index, token in enumerate(parts.tokens) if tokenizer.convert_tokens_to_ids(token) != index]
+    if wrong:
+        raise ValueError(f"The GGUF tokenizer cannot be rebuilt: {len(wrong)} tokens move, the first is {wrong[0]!r}.")
+    return tokenizer
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of the folder, all of which exist."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if index.exists():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        absent = [file.name for file in files if not file.exists()]
+        if absent:
+            raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named in {index.name}; download again.")
+        return files
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise ValueError(f"{folder} holds pickled weights only, which can run code: never read; use safetensors.")
+    raise FileNotFoundError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
+
+
+def _read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping: it cannot be iterated over)
+                yield name, file.get_tensor(name)
+
+
+def _empty_qwen(config: Qwen2Config) -> Qwen2ForCausalLM:
+    """Return the stock model without storage."""
+    with torch.device("meta"):
+        return Qwen2ForCausalLM(config)
+
+
+def _build_qwen(
+    config: Qwen2Config,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    source: str,
+) -> Qwen2ForCausalLM:
+    """Return the stock model holding exactly `tensors`, in `dtype`, with float32 RoPE frequencies."""
+    qwen = _empty_qwen(config)
+    weights = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in tensors}
+    if config.tie_word_embeddings and "lm_head.weight" in weights:
+        head, embedding = weights.pop("lm_head.weight"), weights.get("model.embed_tokens.weight")
+        if embedding is None or not torch.equal(head, embedding):
+            raise ValueError(f"{source} says tie_word_embeddings but stores an lm_head.weight unlike its embedding.")
+    _check_weights({name: tensor.shape for name, tensor in weights.items()}, qwen, source)
+    qwen.load_state_dict(weights, strict=False, assign=True)  # the tied head alone is missing: checked above
+    if config.tie_word_embeddings:
+        qwen.lm_head.weight = qwen.model.embed_tokens.weight
+    qwen.model.rotary_emb = type(qwen.model.rotary_emb)(config).to(device)  # buffers are not stored: float32 afresh
+    qwen.model.embed_tokens.padding_idx = None  # the published class freezes <|im_end|>'s row; stock Qwen2 does not
+    return qwen.eval()
+
+
+def _is_tied_head(name: str, config: Qwen2Config) -> bool:
+    return name == "lm_head.weight" and config.tie_word_embeddings
+
+
+def _check_weights(shapes: dict[str, torch.Size], qwen: Qwen2ForCausalLM, source: str) -> None:
+    """Raise a ValueError unless `shapes` are exactly the model's, less a tied head."""
+    expected = {k: v.shape for k, v in qwen.state_dict().items() if not _is_tied_head(k, qwen.config)}
+    problems = {
+        "missing": expected.keys() - shapes.keys(),
+        "unexpected": shapes.keys() - expected.keys(),
+        "of another shape": {name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name]},
+    }
+    found = [f"{len(names)} {kind} (such as {min(names)})" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(f"The weights of {source} do not fit its config: {'; '.join(found)}.")
+
+
+def _digest(raw: dict[str, Any], weight_files: list[Path]) -> str:
+    stable = {key: value for key, value in raw.items() if key not in VOLATILE_KEYS}
+    digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode())
+    for path in weight_files:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 24):
+                digest.update(piece)
+    return digest.hexdigest()[:16]
+
+
+def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the tokenizer's files under a class name that transformers 4 knows too."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    saved = json.loads(path.read_text())
+    is_qwen = tokenizer.convert_tokens_to_ids(MASK_TOKEN) == QWEN_MASK_TOKEN_ID
+    _write_json(path, saved | {"tokenizer_class": "Qwen2Tokenizer" if is_qwen else "PreTrainedTokenizerFast"})
+
+
+def _save_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Write model.safetensors, or shards and their index above 5 GB; one shard is in memory beside `weights`."""
+    meta = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()}
+    split = split_torch_state_dict_into_shards(meta, max_shard_size=SHARD_SIZE)
+    for name, members in split.filename_to_tensors.items():
+        shard = {key: weights[key].detach().to(device="cpu", dtype=dtype).contiguous() for key in members}
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod((folder / "config.json").stat().st_mode)  # safetensors leaves it to its owner alone
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Rename `partial` to `folder`; what lay there is deleted only after the new one stands."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

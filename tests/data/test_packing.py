@@ -1,0 +1,149 @@
+import json
+
+import numpy as np
+import pytest
+
+from fastdllm.data.documents import Documents
+from fastdllm.data.packing import PackedSamples, pack
+
+MASK_TOKEN_ID = 259
+SHAPE = {"sample_length": 64, "block_size": 8, "mask_token_id": MASK_TOKEN_ID}
+
+
+def write_documents(folder, lengths, responses=None, seed=0):
+    """Random documents; each has its last `response` tokens supervised (half of them by default)."""
+    folder.mkdir(exist_ok=True)
+    lengths = np.array(lengths)
+    responses = lengths // 2 if responses is None else np.array(responses)
+    offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
+    position = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    is_response = position >= np.repeat(lengths - responses, lengths)
+    np.random.default_rng(seed).integers(0, 250, offsets[-1]).astype(np.int32).tofile(folder / "tokens.int32")
+    is_response.astype(np.uint8).tofile(folder / "is_response.uint8")
+    offsets.tofile(folder / "offsets.int64")
+    (folder / "meta.json").write_text(json.dumps({"source": "random"}))
+    return Documents(folder)
+
+
+def packed(documents, **changes):
+    fields = {**SHAPE, "long_documents": "drop", "held_out_samples": 0, **changes}
+    train, held_out = pack(documents, **fields)
+    return PackedSamples(documents, train, **SHAPE), PackedSamples(documents, held_out, **SHAPE)
+
+
+def random_lengths(count=300, low=2, high=64):
+    return np.random.default_rng(1).integers(low, high, count)
+
+
+def unpack(samples):
+    """Documents found in the packed samples, by their first position: (tokens, is_response) without padding."""
+    for sample in (samples[number] for number in range(len(samples))):
+        for label in range(1, sample["document"].max() + 1):
+            columns = np.flatnonzero(sample["document"] == label)
+            tokens = sample["tokens"][columns]
+            is_token = tokens != MASK_TOKEN_ID  # random documents never hold it
+            yield tokens[is_token], sample["is_response"][columns][is_token]
+
+
+def test_packed_content_equals_the_source_documents(tmp_path):
+    documents = write_documents(tmp_path / "d", random_lengths())
+    samples, _ = packed(documents)
+    found = sorted((tokens.tolist(), labels.tolist()) for tokens, labels in unpack(samples))
+    source = [slice(*documents.offsets[number : number + 2]) for number in range(len(documents))]
+    assert found == sorted((documents.tokens[at].tolist(), documents.is_response[at].tolist()) for at in source)
+
+
+def test_documents_start_on_blocks_and_positions_restart(tmp_path):
+    samples, _ = packed(write_documents(tmp_path / "d", random_lengths()))
+    for number in range(len(samples)):
+        sample = samples[number]
+        document, position = sample["document"], sample["position"]
+        starts = np.flatnonzero(np.diff(document, prepend=-1))
+        assert (starts % SHAPE["block_size"] == 0).all()
+        for begin, end in zip(starts, [*starts[1:], len(document)], strict=True):
+            np.testing.assert_array_equal(position[begin:end], np.arange(end - begin))
+        is_padding = sample["tokens"] == MASK_TOKEN_ID
+        assert not sample["is_response"][is_padding].any()
+        assert is_padding[document == 0].all()
+        assert sample["num_tokens"] == (~is_padding).sum()
+
+
+def test_an_aligned_document_gets_no_extra_block(tmp_path):
+    samples, _ = packed(write_documents(tmp_path / "d", [16, 9]))
+    np.testing.assert_array_equal(samples[0]["document"], [1] * 16 + [2] * 16 + [0] * 32)
+
+
+def test_samples_are_well_filled(tmp_path):
+    samples, _ = packed(write_documents(tmp_path / "d", random_lengths(2000, 2, 40)))
+    assert samples.packing.fill >= 0.95
+
+
+def test_targets_and_tokens_are_counted_per_sample(tmp_path):
+    lengths = random_lengths()
+    samples, _ = packed(write_documents(tmp_path / "d", lengths, responses=lengths))  # position 0 is a response too
+    for number in range(len(samples)):
+        sample = samples[number]
+        assert samples.packing.num_targets[number] == (sample["is_response"] & (sample["position"] >= 1)).sum()
+        assert samples.packing.num_tokens[number] == sample["num_tokens"]
+
+
+def test_long_documents_are_dropped_cut_or_refused(tmp_path):
+    documents = write_documents(tmp_path / "d", [100, 64, 30])
+    dropped, _ = packed(documents)
+    assert dropped.packing.num_long == 1 and dropped.packing.num_tokens.sum() == 94
+    cut, _ = packed(documents, long_documents="cut")
+    assert cut.packing.num_long == 1 and cut.packing.num_tokens.sum() == 158
+    np.testing.assert_array_equal(cut[0]["tokens"], documents.tokens[:64])
+    with pytest.raises(ValueError, match="longest has 100 tokens"):
+        packed(documents, long_documents="error")
+
+
+def test_documents_without_targets_are_dropped_and_counted(tmp_path):
+    documents = write_documents(tmp_path / "d", [20, 20, 100, 1], responses=[10, 0, 20, 1])
+    samples, _ = packed(documents, long_documents="cut")  # the third's response lies beyond the cut, the last's at 0
+    assert samples.packing.num_without_targets == 3
+    assert samples.packing.documents.tolist() == [0]
+    with pytest.raises(ValueError, match="no document of random is left"):
+        packed(write_documents(tmp_path / "e", [20], responses=[0]))
+
+
+def test_documents_with_the_mask_token_are_dropped_and_counted(tmp_path):
+    documents = write_documents(tmp_path / "d", [20, 20])
+    samples, _ = packed(documents, mask_token_id=int(documents.tokens[3]))
+    assert samples.packing.num_with_mask_token >= 1
+    assert 0 not in samples.packing.documents
+
+
+def test_held_out_samples_hold_the_last_documents_and_no_other_sample_does(tmp_path):
+    documents = write_documents(tmp_path / "d", random_lengths())
+    train, held_out = packed(documents, held_out_samples=5)
+    assert len(held_out) in (4, 5)
+    assert train.packing.documents.max() < held_out.packing.documents.min()
+    with pytest.raises(ValueError, match="no document of random is left"):
+        packed(documents, held_out_samples=1000)
+
+
+def test_packing_is_deterministic_and_kept(tmp_path):
+    first, _ = packed(write_documents(tmp_path / "d", random_lengths()))
+    again, _ = packed(write_documents(tmp_path / "e", random_lengths()))
+    np.testing.assert_array_equal(first.packing.documents, again.packing.documents)
+    files = sorted((tmp_path / "d").glob("packing-*.npz"))
+    times = [file.stat().st_mtime_ns for file in files]
+    packed(Documents(tmp_path / "d"))
+    assert len(files) == 2 and times == [file.stat().st_mtime_ns for file in files]
+    packed(Documents(tmp_path / "d"), long_documents="cut")
+    assert len(list((tmp_path / "d").glob("packing-*.npz"))) == 4
+
+
+def test_a_length_that_is_no_multiple_of_the_block_names_one_that_is(tmp_path):
+    documents = write_documents(tmp_path / "d", [20])
+    with pytest.raises(ValueError, match="got 60; try 56"):
+        pack(documents, sample_length=60, block_size=8, mask_token_id=1, long_documents="drop")
+
+
+def test_the_scan_does_not_depend_on_its_window(tmp_path, monkeypatch):
+    documents = write_documents(tmp_path / "d", random_lengths())
+    whole, _ = packed(documents)
+    monkeypatch.setattr("fastdllm.data.packing.TOKENS_PER_SCAN", 100)
+    windows, _ = packed(write_documents(tmp_path / "e", random_lengths()))
+    np.testing.assert_array_equal(whole.packing.num_targets, windows.packing.num_targets)
