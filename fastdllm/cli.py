@@ -2,7 +2,10 @@
 
 import dataclasses
 import difflib
+import itertools
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -28,6 +31,18 @@ def parse(config_class: type[Config], argv: list[str] | None = None) -> Config:
     try:
         return jsonargparse.auto_cli(config_class, as_positional=False, args=arguments)
     except ValueError as error:  # a check in some __post_init__: the message is the answer, not the traceback
+        _refuse(str(error))
+
+
+def run(config_class: type[Config], action: Callable[[Config], object], argv: list[str] | None = None) -> None:
+    """Parse the command line and act on it; what the user can mend is one line on standard error and exit status 2."""
+    config = parse(config_class, argv)
+    try:
+        action(config)
+    except (ValueError, FileNotFoundError) as error:
+        package = Path(__file__).parent
+        if package not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents:
+            raise  # not a message of ours: the traceback is needed
         _refuse(str(error))
 
 
@@ -64,7 +79,7 @@ def _leaf_fields(config_class: type, prefix: str = "") -> dict[str, dataclasses.
 
 def _fill_bare_flags(arguments: list[str], fields: dict[str, dataclasses.Field]) -> list[str]:
     filled = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in itertools.pairwise([*arguments, "--"]):
         filled.append(argument)
         field = fields.get(argument.removeprefix("--")) if argument.startswith("--") else None
         if field is None or not following.startswith("--"):
@@ -84,8 +99,7 @@ def _check_flags(arguments: list[str], fields: dict[str, dataclasses.Field]) -> 
 
 
 def _check_files(arguments: list[str], fields: dict[str, dataclasses.Field]) -> None:
-    following = [*arguments[1:], ""]
-    files = [value for flag, value in zip(arguments, following, strict=True) if flag == "--config"]
+    files = [value for flag, value in itertools.pairwise([*arguments, ""]) if flag == "--config"]
     files += [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
     for name in files:
         if not Path(name).is_file():

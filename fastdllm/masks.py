@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 ContextAttention = Literal["block", "causal"]
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, query, key) indices -> bool
@@ -56,16 +56,16 @@ def training_attention(rows: Rows, block_size: int, context_attention: ContextAt
     Source: Fast-dLLM v2, whose mask has one view beside each clean half; here both views share one.
     """
     half, document, position = rows
-    block = position // block_size
-    clean_order = block if context_attention == "block" else position
+    clean_unit = block_size if context_attention == "block" else 1
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         is_key_clean = half[batch, key] == CLEAN
         is_query_clean = half[batch, query] == CLEAN
         is_same_document = document[batch, query] == document[batch, key]
-        is_earlier_block = block[batch, key] < block[batch, query]
-        is_own_block = block[batch, key] == block[batch, query]
-        from_clean = is_query_clean & is_key_clean & (clean_order[batch, key] <= clean_order[batch, query])
+        at_query, at_key = position[batch, query], position[batch, key]
+        is_earlier_block = at_key // block_size < at_query // block_size
+        is_own_block = at_key // block_size == at_query // block_size
+        from_clean = is_query_clean & is_key_clean & (at_key // clean_unit <= at_query // clean_unit)
         from_noised = ~is_query_clean & is_key_clean & is_earlier_block
         inside_view = ~is_query_clean & (half[batch, key] == half[batch, query]) & is_own_block
         return is_same_document & (from_clean | from_noised | inside_view)
@@ -81,17 +81,48 @@ def dense_attention_mask(predicate: Predicate, batch_size: int, num_rows: int, d
     return predicate(batch, head, rows.view(1, 1, -1, 1), rows.view(1, 1, 1, -1))
 
 
-def block_attention_mask(predicate: Predicate, batch_size: int, num_rows: int, device: torch.device) -> BlockMask:
-    """Return the predicate as a BlockMask for FlexAttention, built by a compiled builder.
+class BlockMaskBuilder:
+    """Builds the BlockMasks of training batches of one shape.
 
-    Raises:
-        ValueError: `num_rows` is not a multiple of the tile size 128.
+    The predicate reads buffers that every batch overwrites, so a compiled kernel meets the same function and the same
+    tensors at each step and is compiled once. A batch's mask is valid until the next one is built.
     """
-    if num_rows % FLEX_TILE:
-        raise ValueError(
-            f"FlexAttention needs a multiple of {FLEX_TILE} rows, got {num_rows}; use a sample_length that is one."
+
+    def __init__(self, rows: Rows, block_size: int, context_attention: ContextAttention):
+        num_rows = rows.position.shape[1]
+        if num_rows % FLEX_TILE:
+            raise ValueError(
+                f"FlexAttention needs a multiple of {FLEX_TILE} rows, got {num_rows}; use a sample_length that is one."
+            )
+        self.buffers = Rows(*(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in rows))
+        self.predicate = training_attention(self.buffers, block_size, context_attention)
+
+    def fits(self, rows: Rows) -> bool:
+        """Return whether `rows` have this builder's shape and device."""
+        own = self.buffers.position
+        return rows.position.shape == own.shape and rows.position.device == own.device
+
+    def build(self, rows: Rows) -> BlockMask:
+        """Return the BlockMask of `rows`: tiles with no allowed pair are left out, full ones need no predicate."""
+        for buffer, tensor in zip(self.buffers, rows, strict=True):
+            buffer.copy_(tensor)
+        batch_size, num_rows = rows.position.shape
+        dense = dense_attention_mask(self.predicate, batch_size, num_rows, rows.position.device)
+        tiles = dense.view(batch_size, 1, num_rows // FLEX_TILE, FLEX_TILE, num_rows // FLEX_TILE, FLEX_TILE)
+        is_full, is_used = tiles.all(5).all(3), tiles.any(5).any(3)  # [B, 1, R / 128, R / 128]
+        return BlockMask.from_kv_blocks(
+            *_tile_lists(is_used & ~is_full),
+            *_tile_lists(is_full),
+            BLOCK_SIZE=FLEX_TILE,
+            mask_mod=self.predicate,
+            seq_lengths=(num_rows, num_rows),
         )
-    return create_block_mask(predicate, batch_size, None, num_rows, num_rows, device=device, _compile=True)
+
+
+def _tile_lists(is_listed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many tiles each row of tiles lists, and their numbers first, as FlexAttention reads them (int32)."""
+    order = is_listed.int().argsort(dim=-1, descending=True, stable=True)
+    return is_listed.sum(-1).int(), order.int()
 
 
 def decode_attention_mask(
@@ -109,8 +140,8 @@ def decode_attention_mask(
     return is_key & (order <= torch.div(query_position, scale, rounding_mode="floor")[:, None, :, None])
 
 
-def count_attention_pairs(rows: Rows, block_size: int, context_attention: ContextAttention) -> int:
-    """Return how many (query, key) pairs `training_attention` allows for whole, block-aligned documents.
+def count_attention_pairs(rows: Rows, block_size: int, context_attention: ContextAttention) -> Tensor:
+    """Return how many (query, key) pairs `training_attention` allows for whole, block-aligned documents, int64 [].
 
     A clean row at position p in block k sees (k + 1) blocks ("block") or p + 1 keys ("causal"); a noised one (k + 1)
     blocks: k clean ones and its own. Documents are padded to whole blocks, so no block is cut short.
@@ -118,4 +149,4 @@ def count_attention_pairs(rows: Rows, block_size: int, context_attention: Contex
     blocks_seen = (rows.position // block_size + 1) * block_size
     is_clean = rows.half == CLEAN
     seen_by_clean = blocks_seen if context_attention == "block" else rows.position + 1
-    return int(torch.where(is_clean, seen_by_clean, blocks_seen).sum())
+    return torch.where(is_clean, seen_by_clean, blocks_seen).sum()

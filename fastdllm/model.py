@@ -132,7 +132,9 @@ def num_layer_parameters(config: Qwen2Config) -> int:
     return config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
 
 
-def forward_flops(config: Qwen2Config, num_rows: int, num_attention_pairs: int, num_head_rows: int) -> int:
+def forward_flops(
+    config: Qwen2Config, num_rows: int, num_attention_pairs: int | Tensor, num_head_rows: int
+) -> int | Tensor:
     """Return the floating-point operations of one forward pass; training needs three times as many.
 
     Args:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.testing import assert_close
 
 from fastdllm import masks
@@ -47,20 +48,25 @@ def test_attention_pairs_are_counted_exactly(context):
         assert masks.count_attention_pairs(rows, 4, context) == int(dense.sum())
 
 
-def test_block_mask_equals_dense_mask():
-    document = torch.tensor([[1] * 64 + [2] * 64])
-    position = torch.cat([torch.arange(64), torch.arange(64)])[None]
-    rows = masks.training_rows(document, position)
-    predicate = masks.training_attention(rows, 32, "block")
-    dense = masks.dense_attention_mask(predicate, 1, 384, torch.device("cpu"))
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    block_mask = create_block_mask(predicate, 1, None, 384, 384, device="cpu")
-    query, key, value = torch.randn(3, 1, 2, 384, 16)
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=dense)
-    assert_close(flex_attention(query, key, value, block_mask=block_mask), expected)
+@pytest.mark.parametrize("context", ["block", "causal"])
+def test_block_masks_equal_dense_masks_for_one_batch_after_another(context):
+    position = torch.cat([torch.arange(96), torch.arange(160)])[None]
+    first = masks.training_rows(torch.tensor([[1] * 96 + [2] * 160]), position)
+    second = masks.training_rows(torch.tensor([[1] * 256]), torch.arange(256)[None])
+    builder = masks.BlockMaskBuilder(first, 32, context)
+    query, key, value = torch.randn(3, 1, 2, 768, 16)
+    for rows in (first, second):
+        assert builder.fits(rows)
+        predicate = masks.training_attention(rows, 32, context)
+        dense = masks.dense_attention_mask(predicate, 1, 768, torch.device("cpu"))
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=dense)
+        ours = builder.build(rows)
+        assert_close(flex_attention(query, key, value, block_mask=ours), expected)
+        theirs = create_block_mask(predicate, 1, None, 768, 768, device="cpu")
+        assert torch.equal(ours.to_dense(), theirs.to_dense())
+        assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
     with pytest.raises(ValueError, match="multiple of 128"):
-        masks.block_attention_mask(predicate, 1, 100, torch.device("cpu"))
+        masks.BlockMaskBuilder(masks.training_rows(*make_sample()), 4, context)
 
 
 @pytest.mark.parametrize("context", ["block", "causal"])

@@ -77,6 +77,7 @@ def test_several_files_are_read_in_order_and_limited(tmp_path, byte_tokenizer):
     assert [response[:2] for _, response in texts(documents, byte_tokenizer)] == ["a0", "a1", "b0"]
 
 
+# not JSON, not an object, no response, no assistant turn
 MALFORMED = ["{not json", json.dumps([1]), json.dumps({"prompt": "p"}), json.dumps({"messages": MULTI_TURN[:2]})]
 
 
@@ -175,3 +176,12 @@ def test_worker_processes_write_the_same_files(tmp_path, byte_tokenizer, monkeyp
     np.testing.assert_array_equal(alone.tokens, together.tokens)
     np.testing.assert_array_equal(alone.offsets, together.offsets)
     assert alone.meta == together.meta
+
+
+def test_the_prompt_template_wraps_the_first_user_turn_only():
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    config = SourceConfig(path="x.jsonl", prompt_template="Question: {prompt}\nAnswer:")
+    assert [turn["content"] for turn in parse_row(row, config)] == ["Question: a\nAnswer:", "b", "c", "d"]
+    with pytest.raises(ValueError, match="must contain"):
+        SourceConfig(prompt_template="Question:")

@@ -1,0 +1,273 @@
+"""Batches of packed samples whose order and noise are functions of (seed, global sample index) alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fastdllm.data.documents import Documents, prepare_documents
+from fastdllm.data.packing import LongDocuments, PackedSamples, pack
+from fastdllm.data.sources import SourceConfig
+from fastdllm.objective import draw_noise
+
+VALIDATION_SEED = 2**31 - 1  # validation noise is the same in every run, so that losses of different seeds compare
+ORDERS_KEPT = 4  # epochs whose order a process remembers: a step may reach over the end of an epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(SourceConfig):
+    """What is learnt from: the source, its packing, validation and loading."""
+
+    sample_length: int = 2048
+    """Tokens of a sample (a packed row), L; a multiple of objective.block_size."""
+    long_documents: LongDocuments = "drop"
+    """Documents longer than sample_length are dropped, cut at its end, or an error; they are counted."""
+    validation_path: str = ""
+    """Source of the validation set, read like data.path; empty to hold out documents of data.path."""
+    validation_samples: int = 0
+    """Samples of the validation set. With validation_path: at most so many of it, 0 for all; without: filled with the
+    last documents of data.path, which are not trained on, 0 for no validation."""
+    cache_dir: str = "data/prepared"
+    """Folder of the tokenised data, about 5 bytes per token."""
+    num_workers: int = 4
+    """Processes that tokenise, 0 or more; 0 does it in the main process."""
+    loader_workers: int = 2
+    """Processes that load batches, per device, 0 or more; 0 loads in the main process."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("validation_samples", "num_workers", "loader_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.sample_length < 1:
+            raise ValueError(f"data.sample_length must be a multiple of the block size, got {self.sample_length}.")
+
+    @property
+    def validation_source(self) -> SourceConfig:
+        """The source of a separate validation set; without validation_path there is none."""
+        source = replace(self, path=self.validation_path, limit=0)
+        return replace(source, subset="") if source.files else source
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which global sample indices each micro-batch of each rank holds: optimizer step s owns s * G .. s * G + G - 1."""
+
+    micro_batch_size: int
+    accumulate: int
+    world_size: int
+    rank: int
+
+    @property
+    def samples_per_step(self) -> int:
+        """G, the samples of an optimizer step over all ranks and micro-batches."""
+        return self.micro_batch_size * self.world_size * self.accumulate
+
+    def indices(self, step: int, micro_batch: int) -> list[int]:
+        """Return this rank's global sample indices of a micro-batch."""
+        first = step * self.samples_per_step + (micro_batch * self.world_size + self.rank) * self.micro_batch_size
+        return list(range(first, first + self.micro_batch_size))
+
+
+class StepSampler(Sampler[list[int]]):
+    """This rank's micro-batches of the optimizer steps start_step .. max_steps - 1.
+
+    Its length counts all micro-batches from step 0: Lightning adds those of the restored progress to what it fetches.
+    """
+
+    def __init__(self, plan: BatchPlan, start_step: int, max_steps: int):
+        self.plan, self.start_step, self.max_steps = plan, start_step, max_steps
+        self.batch_size = plan.micro_batch_size  # read by Lightning's DeepSpeed strategy
+
+    def __len__(self) -> int:
+        return self.max_steps * self.plan.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start_step, self.max_steps):
+            for micro_batch in range(self.plan.accumulate):
+                yield self.plan.indices(step, micro_batch)
+
+
+class TrainingSamples(Dataset):
+    """Samples by global sample index, which runs through all epochs; each epoch has its own order."""
+
+    def __init__(self, samples: PackedSamples, seed: int, samples_per_step: int):
+        self.samples, self.seed, self.samples_per_step = samples, seed, samples_per_step
+        self._orders: dict[int, np.ndarray] = {}
+        self._step_targets: tuple[int, int] = (-1, 0)  # last step asked for, its targets
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return _with_noise(self.samples[self.sample_number(index)], self.seed, index, self.samples.block_size) | {
+            "step_targets": torch.tensor(self.step_targets(index // self.samples_per_step))
+        }
+
+    def sample_number(self, index: int) -> int:
+        """Return which packed sample stands at a global sample index."""
+        epoch, offset = divmod(index, len(self.samples))
+        return int(self._order(epoch)[offset])
+
+    def step_targets(self, step: int) -> int:
+        """Return the supervised targets of an optimizer step, over all ranks and micro-batches."""
+        if self._step_targets[0] != step:
+            indices = range(step * self.samples_per_step, (step + 1) * self.samples_per_step)
+            numbers = [self.sample_number(index) for index in indices]
+            self._step_targets = step, int(self.samples.packing.num_targets[numbers].sum())
+        return self._step_targets[1]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            if len(self._orders) == ORDERS_KEPT:
+                self._orders.pop(next(iter(self._orders)))
+            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
+            self._orders[epoch] = generator.permutation(len(self.samples))
+        return self._orders[epoch]
+
+
+class ValidationSamples(Dataset):
+    """The validation samples with fixed noise; beyond the last one they repeat without anything supervised."""
+
+    def __init__(self, samples: PackedSamples):
+        self.samples = samples
+        self.num_targets = int(samples.packing.num_targets.sum())
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = self.samples[index % len(self.samples)]
+        if index >= len(self.samples):
+            sample["is_response"] = np.zeros_like(sample["is_response"])
+            sample["num_tokens"] = np.int64(0)
+        sample = _with_noise(sample, VALIDATION_SEED, index, self.samples.block_size)
+        return sample | {"step_targets": torch.tensor(self.num_targets)}
+
+
+def _with_noise(sample: dict[str, np.ndarray], seed: int, index: int, block_size: int) -> dict[str, Tensor]:
+    noise_level, is_masked_first = draw_noise(seed, index, len(sample["tokens"]), block_size)
+    tensors = {name: torch.as_tensor(value) for name, value in sample.items()}
+    return tensors | {"noise_level": noise_level, "is_masked_first": is_masked_first, "index": torch.tensor(index)}
+
+
+class AdaptDataModule(LightningDataModule):
+    """Prepares the data once and serves this rank's batches.
+
+    World size, rank, accumulation and the length of the run come from the trainer, which must have
+    `use_distributed_sampler=False` and a finite `max_steps`.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Any,
+        *,
+        mask_token_id: int,
+        block_size: int,
+        seed: int,
+        micro_batch_size: int,
+    ):
+        super().__init__()
+        self.config, self.tokenizer, self.mask_token_id = config, tokenizer, mask_token_id
+        self.block_size, self.seed, self.micro_batch_size = block_size, seed, micro_batch_size
+        self._folders: list[Path] = []  # of the prepared sources
+        self.training: PackedSamples | None = None
+        self.validation: PackedSamples | None = None
+
+    def prepare_data(self) -> None:
+        """Tokenise and pack; one process per node does it, the others then find the files."""
+        config = self.config
+        sources = [config, config.validation_source] if config.validation_path else [config]
+        self._folders = [
+            prepare_documents(source, self.tokenizer, config.cache_dir, config.num_workers) for source in sources
+        ]
+        self._open()
+
+    def setup(self, stage: str) -> None:
+        """Open the prepared data."""
+        if self.trainer is not None:
+            self._folders = self.trainer.strategy.broadcast(self._folders)
+        self._open()
+        if self.trainer is not None and self.trainer.is_global_zero and stage == "fit":
+            print(self.describe())
+
+    def _open(self) -> None:
+        config = self.config
+        held_out = 0 if config.validation_path else config.validation_samples
+        self.training, self.validation = self._packed(self._folders[0], held_out)
+        if config.validation_path:
+            self.validation, _ = self._packed(self._folders[1], 0)
+            if config.validation_samples:
+                self.validation.packing = self.validation.packing.first(config.validation_samples)
+
+    def _packed(self, folder: Path, held_out_samples: int) -> tuple[PackedSamples, PackedSamples]:
+        documents, config = Documents(folder), self.config
+        shape = {
+            "sample_length": config.sample_length,
+            "block_size": self.block_size,
+            "mask_token_id": self.mask_token_id,
+        }
+        parts = pack(documents, **shape, long_documents=config.long_documents, held_out_samples=held_out_samples)
+        return tuple(PackedSamples(documents, part, **shape) for part in parts)
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Document tokens of the training samples, padding not counted."""
+        return int(self.training.packing.num_tokens.sum())
+
+    @property
+    def plan(self) -> BatchPlan:
+        """Who reads what, from the trainer."""
+        trainer = self.trainer
+        return BatchPlan(
+            self.micro_batch_size, trainer.accumulate_grad_batches, trainer.world_size, trainer.global_rank
+        )
+
+    def describe(self) -> str:
+        """Return what is trained on, and how many epochs that makes."""
+        packing, L = self.training.packing, self.config.sample_length
+        num_samples = self.trainer.max_steps * self.plan.samples_per_step
+        epochs = num_samples / len(packing)
+        return (
+            f"data: {len(packing):,} samples of {L} tokens, {packing.fill:.1%} filled ({self.tokens_per_epoch:,} "
+            f"document tokens, {int(packing.num_targets.sum()):,} of them supervised); {packing.num_long:,} documents "
+            f"too long ({self.config.long_documents}), {packing.num_without_targets:,} without a response, "
+            f"{packing.num_with_mask_token:,} with the mask token; {len(self.validation):,} validation samples\n"
+            f"data: the run asks for {num_samples * L:,} tokens in {num_samples:,} samples: {epochs:.2f} epochs"
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Return this rank's micro-batches from the restored optimizer step on."""
+        plan, max_steps = self.plan, self.trainer.max_steps
+        if max_steps < 0:
+            raise ValueError("the trainer's max_steps must be a number of optimizer steps, got -1 (endless).")
+        samples = TrainingSamples(self.training, self.seed, plan.samples_per_step)
+        return self._loader(samples, StepSampler(plan, self.trainer.global_step, max_steps))
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Return this rank's share of the validation set; all ranks get equally many batches."""
+        if not len(self.validation):
+            return []
+        plan = replace(self.plan, accumulate=1)
+        num_batches = -(-len(self.validation) // plan.samples_per_step)
+        return self._loader(ValidationSamples(self.validation), StepSampler(plan, 0, num_batches))
+
+    def _loader(self, samples: Dataset, sampler: StepSampler) -> DataLoader:
+        return _PositionlessLoader(
+            samples,
+            batch_sampler=sampler,
+            num_workers=self.config.loader_workers,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            persistent_workers=self.config.loader_workers > 0,
+        )
+
+
+class _PositionlessLoader(DataLoader):
+    """A loader that tells Lightning it can be resumed: its sampler already starts at the restored step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass

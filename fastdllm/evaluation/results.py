@@ -1,0 +1,204 @@
+"""Rows: one measurement each, one JSON file each; written, read back and shown as tables.
+
+A row holds its raw counters and, beside them, the ratios made from them by `ratios`; tests recompute the ratios.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastdllm.runtime import write_text
+
+Row = dict[str, Any]
+ROW_FIELDS = (
+    *("cell", "label", "model", "checkpoint_hash", "data_tokens", "engine", "task", "metric", "mode"),
+    *("policy", "threshold", "reuse_k", "subset", "reuse_mode", "use_block_cache", "sub_block_size", "batch_size"),
+    *("num_samples", "accuracy", "accuracy_stderr", "accuracy_by_split", "metrics"),
+    *("counted_tokens", "computed_tokens", "prefill_passes", "denoise_passes", "append_passes", "full_passes"),
+    *("layers_run", "tokens_per_forward", "tokens_per_second", "decode_tokens_per_second", "seconds"),
+    *("decode_seconds", "device", "dtype", "revision", "is_dirty", "versions", "config", "config_digest"),
+)
+COLUMNS = ("model", "tokens seen", "decoding", "accuracy", "tokens per forward", "tokens/s", "decode tokens/s")
+SUBSET_ORDER = ("", "first", "middle", "last")
+PIPE_WIDTH = 120  # columns where the output is no terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What one measurement ran; None where the engine or the task does not count it.
+
+    Passes are counted per problem: a forward pass over a batch of n rows counts once for each of its n problems, so
+    that a ratio does not depend on the batch size.
+    """
+
+    counted_tokens: int | None = None
+    """New tokens through the first stop token of each problem."""
+    computed_tokens: int | None = None
+    """Every token unmasked, also those after the stop or beyond the limit."""
+    prefill_passes: int | None = None
+    denoise_passes: int | None = None
+    """Denoising passes; in AR mode the single-token passes."""
+    append_passes: int | None = None
+    full_passes: int | None = None
+    """Denoising passes over the whole block with all layers."""
+    layers_run: int | None = None
+    seconds: float
+    """Wall time inside the engine, warm-up excluded."""
+    decode_seconds: float | None = None
+    """`seconds` without prefill."""
+
+
+def ratios(counts: Counts | Row) -> dict[str, float | None]:
+    """Return the three ratios of a row from its raw counters; None where a counter does not apply."""
+    raw = counts if isinstance(counts, dict) else asdict(counts)
+    passes = None if raw["denoise_passes"] is None else raw["denoise_passes"] + (raw["append_passes"] or 0)
+    return {
+        "tokens_per_forward": _divide(raw["counted_tokens"], passes),
+        "tokens_per_second": _divide(raw["counted_tokens"], raw["seconds"]),
+        "decode_tokens_per_second": _divide(raw["counted_tokens"], raw["decode_seconds"]),
+    }
+
+
+def _divide(numerator: float | None, denominator: float | None) -> float | None:
+    return numerator / denominator if numerator is not None and denominator else None
+
+
+def make_row(**fields: Any) -> Row:
+    """Return a row with every field of `ROW_FIELDS`, null where `fields` has none.
+
+    Raises:
+        ValueError: `fields` has a name that rows do not know.
+    """
+    unknown = sorted(set(fields) - set(ROW_FIELDS))
+    if unknown:
+        raise ValueError(f"a row has no field {', '.join(unknown)}; its fields are {', '.join(ROW_FIELDS)}.")
+    return {name: fields.get(name) for name in ROW_FIELDS}
+
+
+def write_row(folder: str | Path, row: Row) -> Path:
+    """Write a row as `<folder>/<cell>.json`, aside and renamed into place; return its path."""
+    path = Path(folder) / f"{row['cell']}.json"
+    write_text(path, json.dumps(row, indent=2) + "\n")
+    return path
+
+
+def read_rows(folder: str | Path) -> list[Row]:
+    """Return the rows of a folder: baselines first, then by model, threshold and reuse.
+
+    Raises:
+        ValueError: a file is not a row.
+    """
+    rows = [row for path in sorted(Path(folder).glob("*.json")) if (row := read_row(path)) is not None]
+    return sorted(rows, key=_place)
+
+
+def _place(row: Row) -> tuple:
+    subset = row["subset"] or ""
+    order = SUBSET_ORDER.index(subset) if subset in SUBSET_ORDER else len(SUBSET_ORDER)
+    return row["mode"] != "ar", row["label"], -(row["threshold"] or 0), row["reuse_k"] or 1, order, row["cell"]
+
+
+def read_row(path: str | Path) -> Row | None:
+    """Return the row in a file, or None if there is no such file."""
+    path = Path(path)
+    if not path.exists():
+        return None
+    try:
+        row = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a row ({error}); delete it and evaluate again.") from None
+    missing = [name for name in ROW_FIELDS if name not in row]
+    if missing:
+        raise ValueError(f"{path} lacks the row fields {', '.join(missing)}; delete it and evaluate again.")
+    return row
+
+
+def write_samples(path: Path, problems: Sequence[Row], completions: Mapping[tuple[str, int], Any]) -> None:
+    """Write one JSON line per problem: prompt, response, answer, whether it is right, and what it took."""
+    lines = []
+    for problem in problems:
+        done = completions.get((problem["task"], problem["doc_id"]))
+        taken = {name: value for name, value in asdict(done).items() if name not in ("text", "index")} if done else {}
+        lines.append(json.dumps({**problem, **taken}, default=str))
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def check_one_revision(rows: Sequence[Row], show_mixed_revisions: bool = False) -> None:
+    """Raise ValueError if the rows come from more than one state of the code, unless told to show them."""
+    revisions = [revision(row) for row in rows]
+    if len(set(revisions)) > 1 and not show_mixed_revisions:
+        counts = ", ".join(f"{name}: {revisions.count(name)} rows" for name in sorted(set(revisions)))
+        raise ValueError(
+            f"a table needs rows of one code revision, got {counts}; run again with --force, or show them as they are "
+            "with --show_mixed_revisions."
+        )
+
+
+def revision(row: Row) -> str:
+    """Return the short commit of a row, with a + where the working tree differed from it."""
+    return f"{row['revision'][:10]}{'+' if row['is_dirty'] else ''}"
+
+
+def describe_decoding(row: Row) -> str:
+    """Return how a row was decoded, in the words of a table: `threshold 0.9, k2 first (output)`."""
+    if row["mode"] == "ar":
+        return "AR, token by token" if row["engine"] == "fastdllm" else f"AR, {row['engine']}"
+    parts = [f"threshold {row['threshold']}" if row["policy"] == "threshold" else f"{row['policy']}"]
+    if row["reuse_k"] and row["reuse_k"] > 1:
+        parts.append(f"k{row['reuse_k']} {row['subset']} ({row['reuse_mode']})")
+    if not row["use_block_cache"]:
+        parts.append("no sub-block cache")
+    return ", ".join(parts)
+
+
+def table_lines(rows: Sequence[Row], show_mixed_revisions: bool = False) -> list[list[str]]:
+    """Return a header and one line per row, all text. Raises ValueError for rows of mixed revisions."""
+    check_one_revision(rows, show_mixed_revisions)
+    varying = {"problems": [str(row["num_samples"]) for row in rows], "revision": [revision(row) for row in rows]}
+    varying = {name: values for name, values in varying.items() if len(set(values)) > 1}  # else the caption has it
+    lines = [[*COLUMNS, *varying]]
+    for number, row in enumerate(rows):
+        tokens = "-" if row["data_tokens"] is None else f"{row['data_tokens']:,}"
+        accuracy = f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_stderr']:.1f} %"
+        speeds = [_number(row["tokens_per_forward"], 2)]
+        speeds += [_number(row[name]) for name in ("tokens_per_second", "decode_tokens_per_second")]
+        line = [row["label"], tokens, describe_decoding(row), accuracy, *speeds]
+        lines.append(line + [values[number] for values in varying.values()])
+    return lines
+
+
+def _number(value: float | None, decimals: int = 1) -> str:
+    return "-" if value is None else f"{value:,.{decimals}f}"
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """Return where and on what the rows were measured, in one line."""
+    facts = [sorted({str(row[name]) for row in rows}) for name in ("task", "metric", "device", "dtype", "batch_size")]
+    task, metric, device, dtype, batch_size = [", ".join(values) for values in facts]
+    samples = ", ".join(str(number) for number in sorted({row["num_samples"] for row in rows}))
+    commits = ", ".join(sorted({revision(row) for row in rows}))
+    return f"{task} ({metric}), {samples} problems, {device}, {dtype}, batch size {batch_size}, revision {commits}"
+
+
+def print_table(rows: Sequence[Row], show_mixed_revisions: bool = False) -> None:
+    """Print the rows on the terminal. Raises ValueError for rows of mixed revisions."""
+    header, *lines = table_lines(rows, show_mixed_revisions)
+    table = Table(caption=caption(rows))
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number in (0, 2) else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    Console(width=console.width if console.is_terminal else PIPE_WIDTH).print(table)
+
+
+def markdown_table(rows: Sequence[Row], show_mixed_revisions: bool = False) -> str:
+    """Return the rows as a Markdown table with its caption. Raises ValueError for rows of mixed revisions."""
+    header, *lines = table_lines(rows, show_mixed_revisions)
+    body = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in body) + f"\n\n{caption(rows)}\n"

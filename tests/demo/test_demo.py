@@ -1,0 +1,39 @@
+import json
+
+from fastdllm.demo import run as demo
+from fastdllm.evaluation.results import Counts, make_row, ratios
+from fastdllm.evaluation.scoring import score
+
+
+def row(settings, **fields):
+    counts = Counts(counted_tokens=60, denoise_passes=30, seconds=1.0)
+    facts = {"cell": "x", "label": settings.checkpoint, "mode": "diffusion", "policy": "threshold", "threshold": 0.9}
+    facts |= {"use_block_cache": True, "engine": "fastdllm", "revision": "abc", "is_dirty": False, "seconds": 1.0}
+    facts |= {"counted_tokens": 60, "denoise_passes": 30}
+    return make_row(**facts | ratios(counts) | score([1, 0], [None, None]) | fields)
+
+
+def test_the_demo_measures_ar_the_fresh_adaptation_and_the_bundled_one_with_its_grid(tmp_path, monkeypatch, capsys):
+    measured, trained = [], []
+
+    def run_missing(config):
+        measured.append(config)
+        return [row(config)]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "write_problems", lambda config: print(json.dumps(config.output)))
+    monkeypatch.setattr(demo, "parse", lambda kind, arguments: arguments)
+    monkeypatch.setattr(demo, "train", trained.append)
+    monkeypatch.setattr(demo, "run_missing", run_missing)
+    rows = demo.run_demo(demo.DemoConfig(limit=3))
+    assert trained == [["--config", "configs/demo.yaml"]]
+    assert [(one.checkpoint, one.threshold, one.grid) for one in measured] == [
+        ("data/tiny", 0.0, False),
+        ("runs/demo/export", 0.9, False),
+        ("data/tiny-adapted", 1.0, False),
+        ("data/tiny-adapted", 0.9, True),
+    ]
+    assert {(one.run, one.task, one.limit, one.force) for one in measured} == {("runs/demo", "tiny_problems", 3, "")}
+    assert len(rows) == 4 and (tmp_path / "runs/demo/figure.png").exists()
+    printed = capsys.readouterr().out
+    assert "== 6/6" in printed and "tiny-adapted: data/tiny-adapted" in printed

@@ -1,0 +1,161 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+from fastdllm.checkpoint import load_checkpoint
+from fastdllm.evaluation.harness import FastDLLMv2, find_task, published_prompt, run_task
+from fastdllm.evaluation.likelihood import masked_row
+from fastdllm.evaluation.run import EvaluateConfig, evaluate
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def model(path, **arguments):
+    return FastDLLMv2(checkpoint=load_checkpoint(path), device="cpu", **arguments)
+
+
+def instance(kind, *arguments, task="toy"):
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0, metadata=(task, 0, 1))
+
+
+def test_published_prompt_replaces_every_cue_of_its_task_only():
+    instruction = r"Please reason step by step, and put your final answer within \boxed{{}}."
+    assert published_prompt("gsm8k", "Q\nAnswer: Answer:") == f"Q\n{instruction} {instruction}"
+    assert published_prompt("gsm8k_cot", "Answer:") == instruction
+    assert published_prompt("minerva_math_algebra", "Solution: Answer:") == f"{instruction} Answer:"
+    assert published_prompt("tiny_problems", "Answer: Solution:") == "Answer: Solution:"
+
+
+def test_prompt_lm_eval_leaves_the_cue(adapted):
+    request = instance("generate_until", "Answer:", {"until": []}, task="gsm8k")
+    edited, left = (model(adapted, prompt=prompt)._request(0, request) for prompt in ("published", "lm_eval"))
+    assert len(edited.prompt) > len(left.prompt) == len("Answer:")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"bd_size": 16}, "bd_size must be the block size.*32.*got 16"),
+        ({"mask_id": 5}, "mask_id must be"),
+        ({"treshold": 0.5}, "did you mean threshold"),
+        ({"engine": "transformers"}, "mode ar only"),
+        ({"dtype": "int8"}, "dtype must be"),
+    ],
+)
+def test_arguments_that_contradict_the_checkpoint_are_errors(adapted, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model(adapted, **arguments)
+
+
+def test_published_arguments_of_the_checkpoint_are_accepted(adapted):
+    lm = model(adapted, bd_size=32, mask_id=load_checkpoint(adapted).mask_token_id, layer_subset="first", reuse_k=1)
+    assert lm.mode == "diffusion" and lm.tokenizer_name and lm.chat_template(True)
+
+
+def test_a_diffusion_model_is_needed_for_diffusion(plain):
+    assert model(plain).mode == "ar"
+    with pytest.raises(ValueError, match="needs an adapted checkpoint"):
+        model(plain, mode="diffusion")
+
+
+def test_length_is_the_least_of_task_and_model_and_stop_strings_end_the_text(adapted):
+    requests = [instance("generate_until", "one two", {"until": [], "max_gen_toks": 5})]
+    lm = model(adapted, max_new_tokens=9)
+    text = lm.generate_until(requests, disable_tqdm=True)[0]
+    assert lm.completions["toy", 0].counted_tokens <= 5
+    stopped = model(adapted).generate_until(
+        [instance("generate_until", "one two", {"until": [text[2]], "max_gen_toks": 5})], disable_tqdm=True
+    )
+    assert stopped == [text.split(text[2])[0]]
+    assert model(adapted, max_new_tokens=3)._request(0, requests[0]).max_new_tokens == 3
+
+
+def test_sampling_tasks_and_unknown_options_are_errors(adapted):
+    for options, message in (({"do_sample": True}, "decoder is greedy"), ({"num_beams": 4}, "asks for num_beams")):
+        with pytest.raises(ValueError, match=message):
+            model(adapted).generate_until([instance("generate_until", "x", options)])
+
+
+def test_log_likelihood_refuses_reuse(adapted):
+    lm = model(adapted, reuse_k=2, use_block_cache=True)
+    with pytest.raises(ValueError, match="cannot exercise reuse_k 2"):
+        lm.loglikelihood([instance("loglikelihood", "a", "b")])
+
+
+def test_masked_row_ends_at_a_block_with_one_end_token_in_it():
+    assert masked_row([1, 2], [3], 4, 9, 7) == [1, 2, 9, 7]
+    assert masked_row([1, 2, 3], [4], 4, 9, 7) == [1, 2, 3, 9, 7, 9, 9, 9]  # aligned: a whole block more
+    assert masked_row([1], [4, 5], 8, 9, 7) == [1, 9, 5, 7, 9, 9, 9, 9]
+
+
+def test_masked_likelihood_is_that_of_one_plain_block_causal_pass(adapted):
+    lm = model(adapted)
+    score, is_greedy = lm.loglikelihood([instance("loglikelihood", "a question of forty letters, more or less:", "B")])[
+        0
+    ]
+    context = lm.tok_encode("a question of forty letters, more or less:")
+    target = lm.tok_encode("B")
+    row = masked_row(context, target, 32, lm.model.mask_token_id, lm.eot_token_id)
+    block = torch.arange(len(row)) // 32
+    attention_mask = (block[:, None] >= block[None])[None, None]
+    hidden = lm.model.hidden_states(torch.tensor([row]), torch.arange(len(row))[None], attention_mask)
+    expected = lm.model.qwen.lm_head(hidden)[0, len(context) - 1].log_softmax(-1)[target[0]]
+    assert score == pytest.approx(expected.item(), abs=1e-5) and not is_greedy
+
+
+def test_autoregressive_likelihood_is_exact(plain):
+    lm = model(plain)
+    requests = [instance("loglikelihood", "some context", " and more"), instance("loglikelihood", "x", "y")]
+    scores = lm.loglikelihood(requests)
+    for (score, is_greedy), request in zip(scores, requests, strict=True):
+        context, whole = (lm.tok_encode(text) for text in (request.args[0], "".join(request.args)))
+        qwen = load_checkpoint(plain).qwen
+        log_probability = qwen(torch.tensor([whole])).logits[0].log_softmax(-1)
+        target = range(len(context), len(whole))
+        assert score == pytest.approx(sum(log_probability[i - 1, whole[i]].item() for i in target), abs=1e-4)
+        assert is_greedy == all(log_probability[i - 1].argmax() == whole[i] for i in target)
+
+
+def test_a_likelihood_task_gives_a_row_without_passes(adapted):
+    row = evaluate(EvaluateConfig(task="toy_letters", limit=2))[0]
+    assert row["metric"] == "acc,none" and row["num_samples"] == 2 and row["seconds"] > 0
+    assert row["counted_tokens"] is None and row["tokens_per_forward"] is None
+
+
+def test_an_unknown_offline_task_names_the_known_ones(adapted, project):
+    with pytest.raises(ValueError, match="offline knows.*gsm8k"):
+        find_task("humaneval", offline=str(project))
+    with pytest.raises(FileNotFoundError, match="openai/gsm8k"):
+        find_task("gsm8k", offline=str(project))
+
+
+@pytest.mark.slow  # lm-eval indexes its own 14,000 tasks first
+def test_lm_evals_command_line_gives_the_responses_of_evaluate(adapted, project):
+    row = evaluate(EvaluateConfig(limit=2, max_new_tokens=20, threshold=0.7))[0]
+    ours = (project / "runs" / "tried" / "samples" / f"{row['cell']}.samples.jsonl").read_text().splitlines()
+    command = [sys.executable, "-m", "fastdllm.evaluation.harness", "run", "--model", "fast_dllm_v2"]
+    command += ["--tasks", "toy_problems", "--include_path", "data/tiny/tasks", "--limit", "2", "--batch_size", "4"]
+    command += ["--model_args", f"model_path={adapted},device=cpu,threshold=0.7,max_new_tokens=20,use_block_cache=True"]
+    command += ["--apply_chat_template", "--fewshot_as_multiturn", "true", "--log_samples", "--output_path", "theirs"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    theirs = next((project / "theirs").rglob("samples_*.jsonl")).read_text().splitlines()
+    assert [json.loads(line)["resps"][0][0] for line in theirs] == [json.loads(line)["response"] for line in ours]
+    assert "fast_dllm_v2" in result.stdout
+
+
+def test_gsm8k_runs_from_local_files_without_a_network(adapted, offline, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("something wanted the network")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    result = run_task(model(adapted, max_new_tokens=4), "gsm8k", limit=2, offline=offline)
+    assert result.metric == "exact_match,flexible-extract" and len(result.problems) == 2
+    assert "Please reason step by step" in result.problems[0]["prompt"]
+    assert result.problems[0]["prompt"].count("Question:") == 1  # 0-shot

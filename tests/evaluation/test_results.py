@@ -1,0 +1,93 @@
+import json
+import math
+
+import pytest
+
+from fastdllm.evaluation.plots import draw_accuracy
+from fastdllm.evaluation.results import (
+    ROW_FIELDS,
+    make_row,
+    markdown_table,
+    print_table,
+    ratios,
+    read_rows,
+    table_lines,
+    write_row,
+)
+from fastdllm.evaluation.scoring import score
+
+from .rows import cell, fake_row
+
+
+def rows():
+    cells = [cell(mode="ar", label="tiny"), cell(), cell(reuse_k=2), cell(reuse_k=3, subset="last", reuse_mode="delta")]
+    return [fake_row(one) for one in cells]
+
+
+def test_ratios_are_recomputed_from_the_raw_counters(tmp_path):
+    row = json.loads(write_row(tmp_path, rows()[1]).read_text())
+    assert row["tokens_per_forward"] == 60 / (20 + 10)
+    assert row["tokens_per_second"] == 60 / 4 and row["decode_tokens_per_second"] == 60 / 3
+    assert ratios(row) == {name: row[name] for name in ratios(row)}
+
+
+def test_autoregressive_rows_count_single_token_passes_and_have_no_append_passes():
+    row = rows()[0]
+    assert row["append_passes"] is None and row["tokens_per_forward"] == 60 / 20
+
+
+def test_ratios_of_what_does_not_apply_are_null():
+    nothing = dict.fromkeys(("counted_tokens", "denoise_passes", "append_passes", "decode_seconds"))
+    assert set(ratios({**nothing, "seconds": 3.0}).values()) == {None}
+
+
+def test_score_has_the_binomial_error_and_each_split():
+    result = score([1, 0, 1, 1], ["a", "a", "b", None])
+    assert result["accuracy"] == 0.75 and result["accuracy_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert result["accuracy_by_split"] == {"a": 0.5, "b": 1.0}
+    assert score([1.0], [None])["accuracy_by_split"] is None
+
+
+def test_a_row_has_every_field_and_no_other():
+    assert set(make_row()) == set(ROW_FIELDS)
+    with pytest.raises(ValueError, match="no field speed"):
+        make_row(speed=1)
+
+
+def test_a_half_written_or_foreign_file_is_not_a_row(tmp_path):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match="not a row"):
+        read_rows(tmp_path)
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match="lacks the row fields"):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"revision": "fedcba9876543210"}, {"is_dirty": True}])
+def test_tables_and_figures_refuse_mixed_revisions_unless_told_to_show_them(change, tmp_path):
+    mixed = [*rows(), fake_row(cell(), **change)]
+    for use in (table_lines, print_table, markdown_table, lambda some: draw_accuracy(some, tmp_path / "x.png")):
+        with pytest.raises(ValueError, match="one code revision.*--show_mixed_revisions"):
+            use(mixed)
+    assert table_lines(mixed, show_mixed_revisions=True)[0][-1] == "revision"
+
+
+def test_the_table_names_model_tokens_and_decoding(capsys):
+    print_table(rows())
+    header, *lines = table_lines(rows())
+    assert [line[2] for line in lines] == [
+        "AR, token by token",
+        "threshold 0.9",
+        "threshold 0.9, k2 first (output)",
+        "threshold 0.9, k3 last (delta)",
+    ]
+    assert lines[1][:2] == ["tiny", "1,000"] and "revision" not in header
+    text = markdown_table(rows())
+    assert text.count("\n| ") == 5 and "cpu, float32" in text and "4 problems" in text
+
+
+def test_the_figure_is_a_small_png(tmp_path):
+    path = draw_accuracy(rows(), tmp_path / "figure.png")
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 200_000
+    with pytest.raises(ValueError, match="at least one row"):
+        draw_accuracy([], path)
