@@ -6,7 +6,7 @@ import pytest
 
 import fastdllm.data.documents as documents_module
 from fastdllm.data.documents import Documents, prepare_documents
-from fastdllm.data.sources import SourceConfig, check_source, render, tokenize
+from fastdllm.data.sources import SourceConfig, check_source, parse_row, render, tokenize
 
 
 def write_lines(path, rows):

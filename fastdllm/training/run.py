@@ -1,0 +1,372 @@
+"""TrainConfig and train(): from a config to a trained, exported checkpoint in its run folder."""
+
+import logging
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from fastdllm.checkpoint import Checkpoint, checkpoint_size, load_checkpoint
+from fastdllm.cli import to_yaml
+from fastdllm.data.datamodule import AdaptDataModule, DataConfig
+from fastdllm.data.sources import check_source
+from fastdllm.decoding.rows import Request
+from fastdllm.model import BlockDiffusionLM
+from fastdllm.objective import ObjectiveConfig
+from fastdllm.runtime import device_name, get_optimal_dtype, memory_bytes, pick_device, write_text
+from fastdllm.training.callbacks import Progress, TextSamples, TimeLimit
+from fastdllm.training.clock import Clock
+from fastdllm.training.export import EXPORT_FOLDER, exported_step, write_export
+from fastdllm.training.module import AdaptModule, OptimizerConfig
+from fastdllm.training.preflight import MemoryPlan, check_memory
+from fastdllm.training.resume import (
+    CONFIG_FILE,
+    SaveCheckpoints,
+    Snapshot,
+    check_same_config,
+    check_world_size,
+    locked,
+    newest_complete,
+    remove_leftovers,
+    remove_run,
+)
+from fastdllm.training.strategies import SHARDED, StrategyName, lightning_precision, make_strategy, resolve_strategy
+
+AT_LEAST_ONE = (
+    "max_steps",
+    "num_nodes",
+    "micro_batch_size",
+    "global_batch_size",
+    "log_every",
+    "validate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "num_samples",
+    "sample_tokens",
+)
+KNOWN_WARNINGS = (
+    ".*LeafSpec.*",  # Lightning 2.6 on torch 2.13
+    ".*all_gather_into_tensor.*",  # DeepSpeed 0.19 on torch 2.13
+    "Since DeepSpeed handles gradient clipping.*",  # our own clipping leaves it to DeepSpeed
+    "When saving the DeepSpeed Stage 3 checkpoint.*",  # the export reads the shards
+)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run: adapts a checkpoint to block diffusion, or trains it autoregressively."""
+
+    name: str
+    """Name of the run; its folder is <output_dir>/<name>. The same name goes on where an interrupted run stopped."""
+    checkpoint: str
+    """Model to start from: a hub id, a local HF folder or a local .gguf file (Qwen2.5 family)."""
+    max_steps: int
+    """Optimizer steps of the whole run, 1 or more; the learning-rate schedule spans them."""
+    output_dir: str = "runs"
+    """Folder of the run folders."""
+    fresh: bool = False
+    """Delete the run folder of that name and start anew."""
+    seed: int = 0
+    """Seed of data order and noise, 0 or more."""
+    task: str = ""
+    """lm-eval task that the export remembers as its default evaluation; empty for none."""
+    max_minutes: float = 0.0
+    """Guard: stop, save and export after the optimizer step that crosses this many minutes of this start; 0: none."""
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """What to train on; auto takes CUDA where there is a GPU."""
+    devices: int = 1
+    """Processes on each node, one per GPU; 0 takes every visible GPU, on a CPU one process."""
+    num_nodes: int = 1
+    """Nodes, 1 or more."""
+    strategy: StrategyName = "auto"
+    """How the work is divided; auto is ddp on several devices, and on one there is nothing to divide."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Precision of the products; auto takes the best that the device is fast at. Weights are float32 throughout."""
+    compile: Literal["auto", "layers", "none"] = "auto"
+    """Compile the layers one by one; auto does it on CUDA."""
+    micro_batch_size: int = 1
+    """Samples that one device takes at a time, 1 or more."""
+    global_batch_size: int = 256
+    """Samples of an optimizer step over all devices; a multiple of micro_batch_size x devices x num_nodes."""
+    log_every: int = 10
+    """Optimizer steps between log entries and printed lines, 1 or more."""
+    validate_every: int = 100
+    """Optimizer steps between validations, 1 or more; without validation samples there are none."""
+    checkpoint_every: int = 100
+    """Optimizer steps between checkpoints, 1 or more; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, 1 or more."""
+    sample_every: int = 0
+    """Optimizer steps between decoded text samples; 0 for none."""
+    num_samples: int = 4
+    """Prompts decoded each time, 1 or more."""
+    sample_tokens: int = 128
+    """Limit on new tokens of a decoded sample, 1 or more."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self):
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ValueError(f"name must be a plain folder name, got {self.name!r}.")
+        for key in AT_LEAST_ONE:
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be 1 or more, got {getattr(self, key)}.")
+        for key in ("seed", "max_minutes", "devices", "sample_every"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} must be 0 or more, got {getattr(self, key)}.")
+        if self.data.sample_length % self.objective.block_size:
+            raise ValueError(
+                f"data.sample_length must be a multiple of objective.block_size ({self.objective.block_size}), got "
+                f"{self.data.sample_length}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What "auto" and the machine make of a config."""
+
+    accelerator: str
+    devices: int
+    world_size: int
+    strategy: StrategyName
+    precision: Literal["bf16", "fp16", "fp32"]
+    precision_reason: str
+    accumulate: int
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """Return the folder that holds everything of the run."""
+    return Path(config.output_dir) / config.name
+
+
+class CannotStart(RuntimeError):
+    """A run cannot start as configured; the message says what is in the way and what would do."""
+
+
+def train(config: TrainConfig) -> Path | None:
+    """Train, resuming where the run folder stands, and return the export's folder (None on all but the first process).
+
+    Raises:
+        CannotStart: data, memory, devices or the run folder's state do not allow it; most is found before weights load.
+    """
+    _quieten_libraries()
+    run, is_first = run_folder(config), rank_zero_only.rank == 0
+    with ExitStack() as stack:
+        try:
+            setup = resolve(config)
+            if is_first:
+                stack.enter_context(locked(run))
+                _open_run(config)
+            snapshot = None if config.fresh else newest_complete(run / "checkpoints")
+            if snapshot is not None and snapshot.is_last and exported_step(run) == snapshot.step:
+                print(f"{run} finished at step {snapshot.step}; nothing to do (--fresh starts anew)", flush=True)
+                return run / EXPORT_FOLDER
+            _check(config, setup, snapshot, is_first)
+            source = load_checkpoint(config.checkpoint)
+        except (ValueError, FileNotFoundError, RuntimeError) as error:
+            raise CannotStart(str(error)) from error
+        if is_first:
+            write_text(run / CONFIG_FILE, to_yaml(config))
+        if snapshot is None or not snapshot.is_last:
+            _fit(config, setup, source, snapshot)
+        return write_export(run, source, config.objective, config.task) if is_first else None
+
+
+def _quieten_libraries() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def resolve(config: TrainConfig) -> Setup:
+    """Return what the config means on this machine.
+
+    Raises:
+        ValueError: the devices are not there, or the batch does not divide.
+    """
+    device = pick_device(config.accelerator)
+    num_visible = torch.cuda.device_count() if device.type == "cuda" else 0
+    devices = config.devices or num_visible or 1
+    if device.type == "cuda" and devices > num_visible:
+        raise ValueError(f"devices {devices} is more than the {num_visible} visible GPUs; --devices 0 takes them all.")
+    world_size = devices * config.num_nodes
+    micro_step = config.micro_batch_size * world_size
+    if config.global_batch_size % micro_step:
+        raise ValueError(
+            f"global_batch_size must be a multiple of micro_batch_size x devices x num_nodes ({micro_step}), got "
+            f"{config.global_batch_size}; try {max(1, config.global_batch_size // micro_step) * micro_step}."
+        )
+    dtype, reason = get_optimal_dtype(device)
+    best = next(name for name, candidate in DTYPES.items() if candidate == dtype)
+    precision = best if config.precision == "auto" else config.precision
+    if precision == "fp16" and device.type != "cuda":
+        raise ValueError("precision fp16 needs a GPU: it scales the loss there; on a CPU use fp32 or bf16.")
+    strategy = resolve_strategy(config.strategy, world_size)
+    lightning_precision(precision, strategy)  # refuses what does not go together
+    return Setup(
+        accelerator=device.type,
+        devices=devices,
+        world_size=world_size,
+        strategy=strategy,
+        precision=precision,
+        precision_reason=reason if config.precision == "auto" else "as configured",
+        accumulate=config.global_batch_size // micro_step,
+    )
+
+
+def _check(config: TrainConfig, setup: Setup, snapshot: Snapshot | None, is_first: bool) -> None:
+    if snapshot is not None:
+        check_world_size(snapshot, setup.strategy, setup.world_size)
+    if is_first:
+        preflight(config, setup)
+
+
+def _open_run(config: TrainConfig) -> None:
+    """Make the run folder ready: emptied if asked to, of the same config, without leftovers."""
+    if config.fresh:
+        remove_run(run_folder(config))
+    check_same_config(run_folder(config), config)
+    remove_leftovers(run_folder(config) / "checkpoints")
+
+
+def preflight(config: TrainConfig, setup: Setup) -> None:
+    """Check data, source model and memory without loading weights, and print what the run is going to be.
+
+    Raises:
+        ValueError, FileNotFoundError: something is missing; the message says what would do.
+    """
+    check_source(config.data)
+    if config.data.validation_path:
+        check_source(config.data.validation_source)
+    device = pick_device(setup.accelerator)
+    num_parameters = checkpoint_size(config.checkpoint)
+    plan = MemoryPlan(
+        num_parameters=num_parameters,
+        strategy=setup.strategy,
+        is_half_precision=setup.precision != "fp32",
+        world_size=setup.world_size,
+        micro_batch_size=config.micro_batch_size,
+        rows_per_sample=config.data.sample_length * (1 if config.objective.kind == "autoregressive" else 3),
+        is_cuda=device.type == "cuda",
+    )
+    shared_by = 1 if device.type == "cuda" else setup.devices  # processes on a CPU share its memory
+    check_memory(plan, memory_bytes(device) // shared_by, device_name(device))
+    print(
+        f"{run_folder(config)}: {num_parameters / 1e6:,.1f}M parameters of {config.checkpoint} on {setup.world_size} x "
+        f"{device_name(device)}, strategy {setup.strategy}, about {plan.num_bytes / 2**30:.1f} GiB a device\n"
+        f"precision {setup.precision} ({setup.precision_reason}); an optimizer step is {setup.accumulate} x "
+        f"{config.micro_batch_size} samples of {config.data.sample_length} tokens on {setup.world_size} device(s)",
+        flush=True,
+    )
+
+
+def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapshot | None) -> None:
+    """Train from the snapshot, or from the source, to the last step."""
+    if setup.accelerator == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+    is_autoregressive = config.objective.kind == "autoregressive"
+    model = BlockDiffusionLM(
+        source.qwen,
+        block_size=config.objective.block_size,
+        mask_token_id=source.mask_token_id,
+        context_attention="causal" if is_autoregressive else config.objective.context_attention,
+    )
+    module = AdaptModule(
+        model,
+        objective=config.objective,
+        optimizer=config.optimizer,
+        max_steps=config.max_steps,
+        log_every=config.log_every,
+        compute_dtype=DTYPES[setup.precision],
+        compile_layers=config.compile == "layers" or (config.compile == "auto" and setup.accelerator == "cuda"),
+        data_tokens=snapshot.data_tokens if snapshot else 0,
+    )
+    data = AdaptDataModule(
+        config.data,
+        source.tokenizer,
+        mask_token_id=source.mask_token_id,
+        block_size=config.objective.block_size,
+        seed=config.seed,
+        micro_batch_size=config.micro_batch_size,
+    )
+    if snapshot is not None:
+        rank_zero_only(print)(f"resumed at step {snapshot.step}", flush=True)
+    trainer = _trainer(config, setup, data, source, snapshot)
+    trainer.fit(module, data, ckpt_path=snapshot.state if snapshot else None)
+
+
+def _trainer(
+    config: TrainConfig, setup: Setup, data: AdaptDataModule, source: Checkpoint, snapshot: Snapshot | None
+) -> Trainer:
+    first_step = snapshot.step if snapshot else 0
+    return Trainer(
+        accelerator=setup.accelerator,
+        devices=setup.devices,
+        num_nodes=config.num_nodes,
+        strategy=make_strategy(setup.strategy, setup.accelerator, setup.world_size),
+        precision=lightning_precision(setup.precision, setup.strategy),
+        max_steps=config.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=setup.accumulate,
+        gradient_clip_val=config.optimizer.clip_norm or None,
+        val_check_interval=config.validate_every * setup.accumulate,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if config.data.validation_path or config.data.validation_samples else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,  # of self.log, which nothing here uses; its default warns about short runs
+        use_distributed_sampler=False,
+        logger=TensorBoardLogger(run_folder(config), name="", version="tensorboard", purge_step=first_step + 1),
+        callbacks=_callbacks(config, setup, data, source),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+
+
+def _callbacks(config: TrainConfig, setup: Setup, data: AdaptDataModule, source: Checkpoint) -> list[Callback]:
+    """Return the callbacks in the order in which they see a step: limit, report, samples, checkpoint."""
+    clock = Clock()
+    callbacks = [TimeLimit(config.max_minutes, clock)] if config.max_minutes else []
+    callbacks.append(Progress(clock))
+    if config.sample_every and setup.strategy in SHARDED:
+        rank_zero_only(print)(f"no text samples under {setup.strategy}: no process holds all weights", flush=True)
+    elif config.sample_every:
+        callbacks.append(
+            TextSamples(
+                every=config.sample_every,
+                make_requests=lambda: _sample_requests(data, config.num_samples, config.sample_tokens),
+                tokenizer=source.tokenizer,
+                mode="ar" if config.objective.kind == "autoregressive" else "diffusion",
+                clock=clock,
+            )
+        )
+    callbacks.append(
+        SaveCheckpoints(
+            run_folder(config) / "checkpoints",
+            every=config.checkpoint_every,
+            keep=config.keep_checkpoints,
+            strategy=setup.strategy,
+            clock=clock,
+        )
+    )
+    return callbacks
+
+
+def _sample_requests(data: AdaptDataModule, num_samples: int, max_new_tokens: int) -> list[Request]:
+    """Return the prompts of the first documents of the first samples, of the validation set where there is one."""
+    samples = data.validation if len(data.validation) else data.training
+    requests = []
+    for number in range(min(num_samples, len(samples))):
+        sample = samples[number]
+        prompt = sample["tokens"][: int(sample["is_response"].argmax())]  # up to the first response token
+        requests.append(Request(prompt=prompt.tolist(), max_new_tokens=max_new_tokens))
+    return requests

@@ -1,0 +1,118 @@
+"""Strategy names in YAML -> Lightning strategies, with the forms that run on a CPU."""
+
+import logging
+import os
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+StrategyName = Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp2"]
+SHARDED = ("deepspeed_stage_3", "fsdp2")  # no process holds all weights
+
+
+class CPUDeepSpeedStrategy(DeepSpeedStrategy):
+    """DeepSpeed on CPU processes over gloo, which Lightning refuses by a check only; for tests and small machines.
+
+    DeepSpeed compiles a small communication library on first use, so a C++ compiler and ninja must be there.
+    """
+
+    def setup_environment(self) -> None:
+        super(DeepSpeedStrategy, self).setup_environment()  # all but the check for CUDA
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+        import deepspeed
+
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        engine, engine_optimizer, _, _ = deepspeed.initialize(  # no device rank: a CPU has none
+            config=self.config,
+            model=model,
+            model_parameters=parameters,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
+        return engine, engine_optimizer
+
+
+def resolve_strategy(name: StrategyName, world_size: int) -> StrategyName:
+    """Return the strategy that "auto" stands for: one device needs none ("auto"), several use "ddp"."""
+    return "ddp" if name == "auto" and world_size > 1 else name
+
+
+def make_strategy(name: StrategyName, accelerator: str, world_size: int) -> Strategy | str:
+    """Return what Trainer's `strategy` takes."""
+    if name == "auto":
+        return "auto"
+    if name == "ddp":
+        return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True)
+    if name == "fsdp2":  # Lightning's own defaults shard over nodes only
+        return ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
+    stage = int(name.removeprefix("deepspeed_stage_"))
+    if accelerator == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's own switch; else it looks for a GPU library
+        return CPUDeepSpeedStrategy(stage=stage, process_group_backend="gloo", logging_level=logging.ERROR)
+    return DeepSpeedStrategy(stage=stage, logging_level=logging.ERROR)
+
+
+def lightning_precision(precision: Literal["bf16", "fp16", "fp32"], strategy: StrategyName) -> str:
+    """Return Lightning's name of a precision: float32 weights, half-precision products.
+
+    Never "bf16-true": Lightning's cast reaches the rotary frequencies too, radians of phase at position 2048. FSDP2
+    takes its compute dtype from the sharding policy, so Lightning is told float32 there.
+
+    Raises:
+        ValueError: fp16 with fsdp2, whose gradients nobody would scale.
+    """
+    if strategy == "fsdp2":
+        if precision == "fp16":
+            raise ValueError("strategy fsdp2 supports precision bf16 and fp32, got fp16; try ddp or deepspeed_stage_2.")
+        return "32-true"
+    return {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}[precision]
+
+
+def shard(root: nn.Module, layers: nn.ModuleList, mesh: Any, compute_dtype: torch.dtype) -> None:
+    """Shard every layer and then `root` over the data-parallel mesh (FSDP2), in place.
+
+    Computes in `compute_dtype`; keeps weights and reduces gradients in float32. Without this call FSDP2 would train the
+    ranks apart without a word, hence the check at the end.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh["data_parallel"], mp_policy=policy)
+    fully_shard(root, mesh=mesh["data_parallel"], mp_policy=policy)
+    whole = [name for name, parameter in root.named_parameters() if not isinstance(parameter, DTensor)]
+    assert not whole, f"not sharded: {whole[:3]}"
+
+
+def clip_gradients(module: LightningModule, largest_norm: float) -> Tensor | None:
+    """Scale the gradients down to a global norm of `largest_norm`; return the norm before, float32 [].
+
+    Does nothing and returns None under DeepSpeed, which clips inside its optimizer step.
+    """
+    if isinstance(module.trainer.strategy, DeepSpeedStrategy):
+        return None
+    norm = nn.utils.clip_grad_norm_(module.parameters(), largest_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def deepspeed_gradient_norm(strategy: Strategy) -> Tensor | None:
+    """Return the norm that DeepSpeed measured in its last optimizer step; None under other strategies."""
+    if not isinstance(strategy, DeepSpeedStrategy):
+        return None
+    return torch.as_tensor(float(strategy.deepspeed_engine.get_global_grad_norm() or 0.0))
+
+
+def read_zero_weights(folder: str) -> dict[str, Tensor]:
+    """Return the float32 weights of a DeepSpeed ZeRO checkpoint folder, put together on the CPU."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return get_fp32_state_dict_from_zero_checkpoint(folder)

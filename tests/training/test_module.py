@@ -1,0 +1,45 @@
+"""The schedule and the sums for the log, by hand; what the optimizer decays."""
+
+import math
+
+import pytest
+import torch
+
+from fastdllm.objective import Targets
+from fastdllm.training.module import Meter, OptimizerConfig, Scores, learning_rate_factor
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    config = OptimizerConfig(warmup_steps=4, min_ratio=0.1)
+    factors = [learning_rate_factor(step, 12, config) for step in range(13)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == 1.0
+    assert factors[8] == pytest.approx(0.55)  # half way: the middle of 1 and 0.1
+    assert factors[12] == pytest.approx(0.1)
+
+
+def test_constant_schedule_stays_at_the_peak():
+    config = OptimizerConfig(warmup_steps=1, schedule="constant")
+    assert [learning_rate_factor(step, 3, config) for step in range(3)] == [1.0, 1.0, 1.0]
+
+
+def test_meter_sorts_targets_by_noise_level_and_next_token_apart():
+    meter = Meter(torch.device("cpu"))
+    targets = Targets(
+        row=torch.arange(5),
+        token=torch.arange(5),
+        noise_level=torch.tensor([0.05, 0.95, 1.0, 0.95, math.nan]),
+        is_next_token=torch.tensor([False, False, False, False, True]),
+    )
+    loss = torch.tensor([1.0, 2.0, 4.0, 6.0, 100.0])
+    scores = Scores(loss, torch.tensor([True, False, True, False, True]), targets, num_rows=0, num_pairs=0)
+    meter.add(scores, torch.tensor(2.5), torch.tensor([3, 5]))
+    values = meter.read()
+    assert values["loss"] == 2.5
+    assert values["loss_by_noise/0.0-0.1"] == 1.0
+    assert values["loss_by_noise/0.9-1.0"] == 4.0
+    assert values["accuracy_by_noise/0.9-1.0"] == pytest.approx(1 / 3)
+    assert values["masked_accuracy"] == 0.5
+    assert values["masked_fraction"] == 4 / 16  # 4 masked tokens in two views of 8 document tokens
+    assert (values["next_token_loss"], values["next_token_accuracy"]) == (100.0, 1.0)
+    assert "loss_by_noise/0.4-0.5" not in values

@@ -1,0 +1,38 @@
+"""Memory is judged before weights are loaded, and the refusal says what would fit."""
+
+import pytest
+
+from fastdllm.training.preflight import GIB, MemoryPlan, check_memory
+
+PLAN = MemoryPlan(
+    num_parameters=1_543_714_304,
+    strategy="auto",
+    is_half_precision=True,
+    world_size=1,
+    micro_batch_size=6,
+    rows_per_sample=3 * 1024,
+    is_cuda=True,
+)
+
+
+def test_estimate_is_near_measured_peaks():
+    half_billion = PLAN.changed(num_parameters=494_032_768, micro_batch_size=16)
+    assert PLAN.num_bytes / GIB == pytest.approx(67, rel=0.15)  # measured peaks of a prototype on one H100
+    assert half_billion.num_bytes / GIB == pytest.approx(72, rel=0.15)
+
+
+def test_sharding_divides_what_it_says():
+    two = PLAN.changed(strategy="deepspeed_stage_2", world_size=2)
+    four = PLAN.changed(strategy="deepspeed_stage_2", world_size=4)
+    assert two.num_bytes - four.num_bytes == pytest.approx(14 * PLAN.num_parameters * (1 / 2 - 1 / 4), abs=2)
+
+
+def test_refusal_names_a_micro_batch_that_fits():
+    check_memory(PLAN, 80 * GIB, "a device")
+    with pytest.raises(ValueError, match=r"40.0 GiB free. This would fit: --micro_batch_size 1."):
+        check_memory(PLAN, 40 * GIB, "a device")
+
+
+def test_refusal_names_sharding_where_no_micro_batch_fits():
+    with pytest.raises(ValueError, match=r"--strategy deepspeed_stage_2 --micro_batch_size 1 on 4 devices"):
+        check_memory(PLAN.changed(num_parameters=7_615_616_512), 70 * GIB, "a device")

@@ -1,0 +1,155 @@
+"""train(): learns, logs, exports, resumes exactly; every config file parses."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fastdllm.checkpoint import load_checkpoint
+from fastdllm.cli import parse
+from fastdllm.objective import ObjectiveConfig
+from fastdllm.training.export import export_run, read_weights
+from fastdllm.training.resume import newest_complete
+from fastdllm.training.run import CannotStart, TrainConfig, resolve, run_folder, train
+from training.conftest import ROOT, run_program
+
+
+def exported_weights(config):
+    return load_file(run_folder(config) / "export" / "model.safetensors")
+
+
+def events(config):
+    reader = EventAccumulator(str(run_folder(config) / "tensorboard"))
+    reader.Reload()
+    return reader
+
+
+def test_training_lowers_the_loss_and_logs_it(make_config):
+    config = make_config(sample_every=8, sample_tokens=8, num_samples=2)
+    train(config)
+    reader = events(config)
+    losses = [event.value for event in reader.Scalars("train/loss")]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.2
+    tags = reader.Tags()["scalars"]
+    assert {"optim/lr", "optim/grad_norm", "val/loss", "throughput/tokens_per_second", "data/tokens"} <= set(tags)
+    assert {"train/masked_accuracy", "train/masked_fraction", "val/masked_accuracy"} <= set(tags)
+    assert sum(tag.startswith("train/loss_by_noise/") for tag in tags) == 10
+    assert "samples/text/text_summary" in reader.Tags()["tensors"]
+
+
+def test_export_has_the_trained_weights_and_remembers_the_run(make_config):
+    objective = ObjectiveConfig(block_size=8, first_token="clean", context_attention="causal", ar_loss_weight=0.3)
+    config = make_config(task="gsm8k", objective=objective)
+    folder = train(config)
+    snapshot = newest_complete(run_folder(config) / "checkpoints")
+    exported, trained = load_checkpoint(str(folder)), load_checkpoint(config.checkpoint).qwen
+    trained.load_state_dict({name: weight.bfloat16() for name, weight in read_weights(snapshot).items()})
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(exported.qwen(tokens).logits, trained(tokens).logits)
+    adaptation = exported.adaptation
+    assert (adaptation.task, adaptation.block_size, adaptation.first_token) == ("gsm8k", 8, "clean")
+    assert (adaptation.context_attention, adaptation.base) == ("causal", config.checkpoint)
+    assert adaptation.data_tokens == snapshot.data_tokens > 0
+
+
+def test_autoregressive_run_exports_a_plain_checkpoint(make_config):
+    folder = train(make_config(max_steps=2, objective=ObjectiveConfig(kind="autoregressive", block_size=8)))
+    assert load_checkpoint(str(folder)).adaptation is None
+
+
+def test_finished_run_returns_at_once(make_config, capsys):
+    config = make_config(max_steps=2)
+    train(config)
+    before = (run_folder(config) / "export" / "model.safetensors").stat().st_mtime_ns
+    train(config)
+    assert "finished at step 2; nothing to do" in capsys.readouterr().out
+    assert (run_folder(config) / "export" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_micro_batches_do_not_change_the_result(make_config):
+    whole, split = make_config(name="whole", micro_batch_size=4), make_config(name="split", micro_batch_size=1)
+    train(whole)
+    train(split)
+    losses = [[event.value for event in events(config).Scalars("train/loss")] for config in (whole, split)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0.0)
+
+
+def test_time_limit_stops_saves_and_exports(make_config, capsys):
+    config = make_config(max_minutes=1e-6)
+    train(config)
+    assert "max_minutes 1e-06 reached at step 1" in capsys.readouterr().out
+    snapshot = newest_complete(run_folder(config) / "checkpoints")
+    assert snapshot.step == 1 and snapshot.is_last
+    assert (run_folder(config) / "export" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_bit_for_bit(make_config):
+    unbroken, broken = make_config(name="unbroken"), make_config(name="broken")
+    train(unbroken)
+    run_program(broken, kill_after=5)
+    assert newest_complete(run_folder(broken) / "checkpoints").step == 3
+    lines = run_program(broken)
+    assert "resumed at step 3" in lines
+    first, second = exported_weights(unbroken), exported_weights(broken)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    expected, found = ({e.step: e.value for e in events(run).Scalars("train/loss")} for run in (unbroken, broken))
+    assert found == expected
+    snapshots = [newest_complete(run_folder(config) / "checkpoints") for config in (unbroken, broken)]
+    assert snapshots[0].data_tokens == snapshots[1].data_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_stage_2"])
+def test_two_processes_train_save_resume_and_export_like_one(make_config, strategy):
+    one, two = make_config(name="one"), make_config(name="two", devices=2, strategy=strategy)
+    train(one)
+    run_program(two, kill_after=5)
+    lines = run_program(two)
+    assert "resumed at step 3" in lines
+    assert sum(line.startswith("step 8/8") for line in lines) == 1, "only the first process prints"
+    first, second = exported_weights(one), exported_weights(two)
+    for name in first:  # bfloat16 weights: the last digit may differ after another order of summation
+        torch.testing.assert_close(first[name], second[name], rtol=0.016, atol=1e-4)
+    export_run(run_folder(two))
+    again = exported_weights(two)
+    assert all(torch.equal(second[name], again[name]) for name in again)
+
+
+def test_batch_that_does_not_divide_is_refused_with_a_way_out(make_config):
+    with pytest.raises(CannotStart, match="global_batch_size must be a multiple .* got 5; try 4"):
+        train(make_config(global_batch_size=5))
+
+
+def test_missing_data_is_found_before_weights_are_loaded(make_config):
+    config = make_config(checkpoint="absent/model.gguf")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path="absent.jsonl"))
+    with pytest.raises(CannotStart, match="absent.jsonl"):
+        train(config)
+
+
+def test_deepspeed_checkpoint_refuses_another_number_of_processes(make_config):
+    config = make_config(strategy="deepspeed_stage_2", global_batch_size=8)
+    folder = run_folder(config) / "checkpoints" / "step-000003.ckpt"
+    folder.mkdir(parents=True)
+    meta = '{"step": 3, "data_tokens": 1, "strategy": "deepspeed_stage_2", "world_size": 2, "is_last": false}'
+    (folder / "meta.json").write_text(meta)
+    with pytest.raises(CannotStart, match="written by 2 processes"):
+        train(config)
+
+
+def test_auto_means_ddp_on_several_devices_only(make_config):
+    assert resolve(make_config()).strategy == "auto"
+    assert resolve(make_config(devices=2)).strategy == "ddp"
+    assert resolve(make_config(devices=2)).accumulate == 1
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_config_file_parses(file):
+    config = parse(TrainConfig, ["--config", str(file)])
+    assert config.name == file.stem
+    assert len(file.read_text().splitlines()) <= 50
+    if file.stem.startswith("adapt_qwen"):
+        assert config.max_steps * config.global_batch_size * config.data.sample_length == 1907 * 524_288
