@@ -1,12 +1,7 @@
 """Adapt a checkpoint: `python train.py --config configs/demo.yaml --max_steps 10`; `--help` documents every option."""
 
-import sys
-
-from fastdllm.cli import parse
-from fastdllm.training.run import CannotStart, TrainConfig, train
+from fastdllm.cli import run
+from fastdllm.training.run import TrainConfig, train
 
 if __name__ == "__main__":
-    try:
-        train(parse(TrainConfig))
-    except CannotStart as error:
-        sys.exit(f"error: {error}")
+    run(TrainConfig, train)

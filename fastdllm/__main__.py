@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 
-from fastdllm.cli import parse
+from fastdllm.cli import run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +27,28 @@ class ConvertConfig:
 def export(arguments: list[str]) -> None:
     from fastdllm.training.export import export_run
 
-    export_run(parse(ExportConfig, arguments).run)
+    run(ExportConfig, lambda config: export_run(config.run), arguments)
 
 
 def convert(arguments: list[str]) -> None:
+    run(ConvertConfig, _convert, arguments)
+
+
+def _convert(config: ConvertConfig) -> None:
     import torch
 
     from fastdllm.checkpoint import load_checkpoint, save_checkpoint
 
-    config = parse(ConvertConfig, arguments)
     source = load_checkpoint(config.source, dtype=torch.bfloat16)
     weights, qwen_config = source.qwen.state_dict(), source.qwen.config
     save_checkpoint(
-        config.output, weights, qwen_config, source.tokenizer, source.mask_token_id, source.adaptation, dtype=torch.bfloat16
+        config.output,
+        weights,
+        qwen_config,
+        source.tokenizer,
+        source.mask_token_id,
+        source.adaptation,
+        dtype=torch.bfloat16,
     )
     print(f"{config.source} is now the HF folder {config.output}")
 
@@ -60,11 +69,7 @@ def main() -> None:
         lines = "\n".join(f"  python -m fastdllm {command} --help" for command in COMMANDS)
         print(f"error: command must be one of these, got {name!r}:\n{lines}", file=sys.stderr)
         raise SystemExit(2)
-    try:
-        COMMANDS[name](arguments)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    COMMANDS[name](arguments)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def run(config_class: type[Config], action: Callable[[Config], object], argv: li
     config = parse(config_class, argv)
     try:
         action(config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         package = Path(__file__).parent
         if package not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents:
             raise  # not a message of ours: the traceback is needed

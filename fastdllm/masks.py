@@ -1,7 +1,7 @@
 """Who may attend to whom: predicates over rows, and their two forms (dense bool for SDPA, BlockMask for FlexAttention).
 
-A training row is one token in one part of its sample: one of the two noised views, or the clean half. Three integers per
-row (half, document, position) decide everything: attention, rotary angle and loss. Source: Fast-dLLM v2, section 3.
+A training row is one token in one part of its sample: one of the two noised views, or the clean half. Three integers
+of it (half, document, position) decide everything: attention, rotary angle and loss. Source: method.md 2.3.
 """
 
 from collections.abc import Callable

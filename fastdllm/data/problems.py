@@ -18,6 +18,7 @@ from fastdllm.data.fresh import fresh_checkpoint, train_tokenizer
 from fastdllm.data.stories import (
     CONTAINERS,
     EVENTS,
+    FAMILIES,
     FOODS,
     HELD_OUT_FORMS,
     NAMES,
@@ -32,6 +33,8 @@ from fastdllm.runtime import write_text
 
 Split = Literal["train", "validation", "test"]
 Numbers = dict[str, int]
+MOST_DRAWS = 2_000  # listed forms need far fewer
+TWO_CALCULATIONS = ("add_product", "subtract_product", "add_larger", "add_smaller")
 LARGEST = 50  # of any count in a story; small enough for a model of 1.6M parameters to learn the arithmetic
 
 
@@ -41,7 +44,7 @@ class ProblemsConfig:
 
     output: str = "data/tiny-source"
     """Folder that receives train.jsonl, validation.jsonl, test.jsonl and fresh/."""
-    num_train: int = 60_000
+    num_train: int = 120_000
     """Training problems, at least 1."""
     num_validation: int = 200
     """Validation problems, at least 0: trained forms with numbers of their own."""
@@ -69,15 +72,32 @@ def problem(seed: int, index: int, split: Split) -> dict[str, str]:
     """
     is_held_out = split == "test" and index % 5 == 4
     forms = HELD_OUT_FORMS if is_held_out else TRAINED_FORMS
-    round_robin = index // 5 if is_held_out else index - index // 5 if split == "test" else index
+    round_robin = {"train": index // 2, "validation": index, "test": index - index // 5}[split]
+    round_robin = index // 5 if is_held_out else round_robin
     form = forms[round_robin % len(forms)]
     rng = random.Random(f"{seed} {split} {index}")
-    events = [OPENINGS[name] if position == 0 else EVENTS[name] for position, name in enumerate(form.split())]
-    numbers = _draw_story(rng, form, events, split)
+    numbers = None
+    while numbers is None:
+        if split == "train" and index % 2:
+            form = composed_form(rng)
+        events = [OPENINGS[name] if position == 0 else EVENTS[name] for position, name in enumerate(form.split())]
+        numbers = _draw_story(rng, form, events, split)
     prompt, response = _tell(rng, events, numbers)
     answer = str(numbers[-1]["r"])
     kind = "forms" if is_held_out else "numbers"
     return {"prompt": prompt, "response": f"{response}\n#### {answer}", "answer": answer, "form": form, "split": kind}
+
+
+def composed_form(rng: random.Random) -> str:
+    """Return a random form of 2 to 5 calculations that does not begin as a held-out form does."""
+    while True:
+        openings, between, endings = rng.choice(FAMILIES)
+        names = [rng.choice(openings), *rng.choices(between, k=rng.randint(1, 3)), rng.choice(endings)]
+        form = " ".join(name for name in names if name)
+        operations = [(OPENINGS | EVENTS)[name].operation for name in form.split()]
+        num_calculations = sum(0 if name == "start" else 1 + (name in TWO_CALCULATIONS) for name in operations)
+        if 2 <= num_calculations <= 5 and not any(form.startswith(held_out) for held_out in HELD_OUT_FORMS):
+            return form
 
 
 def number_split(form: str, numbers: list[Numbers]) -> Split:
@@ -87,9 +107,12 @@ def number_split(form: str, numbers: list[Numbers]) -> Split:
     return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
 
 
-def _draw_story(rng: random.Random, form: str, events: list[Event], split: Split) -> list[Numbers]:
-    """Return the numbers of each event: drawn anew until every operation fits and the hash falls into the split."""
-    while True:
+def _draw_story(rng: random.Random, form: str, events: list[Event], split: Split) -> list[Numbers] | None:
+    """Return the numbers of each event: drawn anew until every operation fits and the hash falls into the split.
+
+    None says that no numbers were found in many draws: some composed forms have hardly any.
+    """
+    for _ in range(MOST_DRAWS):
         numbers, count = [], 0
         for event in events:
             drawn = OPERATIONS[event.operation](rng, count)
@@ -99,6 +122,7 @@ def _draw_story(rng: random.Random, form: str, events: list[Event], split: Split
             count = drawn["r"]
         if len(numbers) == len(events) and number_split(form, numbers) == split:
             return numbers
+    return None
 
 
 def _tell(rng: random.Random, events: list[Event], numbers: list[Numbers]) -> tuple[str, str]:

@@ -310,6 +310,20 @@ EVENTS = {
     ),
 }
 
+FAMILIES = (
+    (
+        ("has", "packs", "daily", "rows", "more", "fewer", "times", "colors"),
+        ("gain", "lose", "give", "double", "half", "piles", "bags", "each"),
+        ("", "share", "fill", "price", "total_more", "total_fewer", "total", "gap", "want"),
+    ),
+    (("ride",), ("board", "leave", "groups", "half_off"), ("",)),
+    (("there",), ("put", "take", "put_bags", "half_out"), ("",)),
+    (("money", "weekly"), ("earn", "spend", "buys", "works", "half_money", "double_money"), ("",)),
+    (("shop",), ("extra", "also", "gift"), ("", "change")),
+)
+"""What goes together: openings, events in between, endings ("" for none). Half of the training problems are composed
+of these at random, none beginning as a held-out form does: fixed sequences alone would be learnt by heart."""
+
 TRAINED_FORMS = (
     "has gain lose",
     "has lose gain double",
@@ -364,7 +378,7 @@ TRAINED_FORMS = (
     "shop also extra change",
     "shop extra gift",
 )
-"""Training, validation and 160 test problems are of these forms."""
+"""Half of the training problems, and all validation problems and 160 test problems, are of these forms."""
 
 HELD_OUT_FORMS = (
     "has double give gain",

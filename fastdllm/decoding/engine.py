@@ -92,7 +92,8 @@ class Engine:
         if self.reuse.reuse_k > 1 and (self.mode == "ar" or not self.decode.use_block_cache):
             raise ValueError(
                 f"reuse_k {self.reuse.reuse_k} needs diffusion decoding with use_block_cache true: without the "
-                "sub-block cache every denoising step is a full pass and nothing is ever reused; set reuse_k 1 or the cache on."
+                "sub-block cache every denoising step is a full pass and nothing is ever reused; set reuse_k 1 or the "
+                "cache on."
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}.")

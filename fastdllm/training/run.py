@@ -147,32 +147,26 @@ def run_folder(config: TrainConfig) -> Path:
     return Path(config.output_dir) / config.name
 
 
-class CannotStart(RuntimeError):
-    """A run cannot start as configured; the message says what is in the way and what would do."""
-
-
 def train(config: TrainConfig) -> Path | None:
     """Train, resuming where the run folder stands, and return the export's folder (None on all but the first process).
 
     Raises:
-        CannotStart: data, memory, devices or the run folder's state do not allow it; most is found before weights load.
+        ValueError, FileNotFoundError, RuntimeError: data, memory, devices or the run folder do not allow it; most
+            is found before weights are loaded.
     """
     _quieten_libraries()
     run, is_first = run_folder(config), rank_zero_only.rank == 0
     with ExitStack() as stack:
-        try:
-            setup = resolve(config)
-            if is_first:
-                stack.enter_context(locked(run))
-                _open_run(config)
-            snapshot = None if config.fresh else newest_complete(run / "checkpoints")
-            if snapshot is not None and snapshot.is_last and exported_step(run) == snapshot.step:
-                print(f"{run} finished at step {snapshot.step}; nothing to do (--fresh starts anew)", flush=True)
-                return run / EXPORT_FOLDER
-            _check(config, setup, snapshot, is_first)
-            source = load_checkpoint(config.checkpoint)
-        except (ValueError, FileNotFoundError, RuntimeError) as error:
-            raise CannotStart(str(error)) from error
+        setup = resolve(config)
+        if is_first:
+            stack.enter_context(locked(run))
+            _open_run(config)
+        snapshot = None if config.fresh else newest_complete(run / "checkpoints")
+        if snapshot is not None and snapshot.is_last and exported_step(run) == snapshot.step:
+            print(f"{run} finished at step {snapshot.step}; nothing to do (--fresh starts anew)", flush=True)
+            return run / EXPORT_FOLDER
+        _check(config, setup, snapshot, is_first)
+        source = load_checkpoint(config.checkpoint)
         if is_first:
             write_text(run / CONFIG_FILE, to_yaml(config))
         if snapshot is None or not snapshot.is_last:

@@ -1,0 +1,103 @@
+"""Command lines: every right form is read, every wrong one is answered with the nearest right one."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from fastdllm import cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """Optimizer."""
+
+    learning_rate: float = 1e-3
+    """Peak, above 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """A run."""
+
+    name: str = "x"
+    """Of the run."""
+    max_steps: int = 10
+    """Optimizer steps, 1 or more."""
+    fresh: bool = False
+    """Start anew."""
+    force: str = field(default="", metadata={"bare": "all"})
+    """Cells to run again."""
+    mode: Literal["a", "b"] = "a"
+    """One of two."""
+    inner: Inner = field(default_factory=Inner)
+
+    def __post_init__(self):
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps must be 1 or more, got {self.max_steps}.")
+
+
+def test_flags_override_the_file_and_bare_flags_have_their_value(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("max_steps: 3\nmode: b\ninner:\n  learning_rate: 0.5\n")
+    config = cli.parse(Outer, ["--config", str(path), "--max_steps", "5", "--fresh", "--force"])
+    assert config == Outer(max_steps=5, fresh=True, force="all", mode="b", inner=Inner(learning_rate=0.5))
+    assert cli.parse(Outer, ["--force", "k2", "--fresh", "false"]) == Outer(force="k2")
+    assert cli.parse(Outer, []) == Outer()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_step", "5"], "unknown flag --max_step; did you mean --max_steps?"),
+        (["--learning_rate", "1"], "did you mean --inner.learning_rate?"),
+        (["--inner.lerning_rate=1"], "did you mean --inner.learning_rate?"),
+        (["--max_steps", "0"], "max_steps must be 1 or more, got 0"),
+        (["--max_steps", "many"], "max_steps"),
+        (["--mode", "c"], "mode"),
+        (["--config", "absent.yaml"], "--config absent.yaml: no such file"),
+    ],
+)
+def test_a_wrong_flag_ends_with_status_2_and_says_what_is_right(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(Outer, arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_wrong_key_in_a_file_is_answered_with_the_nearest_one(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("inner:\n  learnin_rate: 0.5\n")
+    with pytest.raises(SystemExit):
+        cli.parse(Outer, ["--config", str(path)])
+    assert f"unknown key inner.learnin_rate in {path}; did you mean inner.learning_rate?" in capsys.readouterr().err
+
+
+def test_help_documents_every_field(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(Outer, ["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("Optimizer steps, 1 or more.", "Peak, above 0.", "Cells to run again.", "--inner.learning_rate"):
+        assert words in text
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    config = Outer(name="y", inner=Inner(learning_rate=2e-5))
+    path = tmp_path / "run.yaml"
+    path.write_text(cli.to_yaml(config))
+    assert cli.parse(Outer, ["--config", str(path)]) == config
+    assert cli.flatten(config)["inner.learning_rate"] == 2e-5
+
+
+def test_run_shows_our_messages_in_a_line_and_other_errors_whole(capsys):
+    def fails_inside(config):
+        from fastdllm.runtime import pick_device
+
+        pick_device("tpu")
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(Outer, fails_inside, [])
+    assert stopped.value.code == 2 and "device must be auto" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="elsewhere"):
+        cli.run(Outer, lambda config: (_ for _ in ()).throw(ValueError("elsewhere")), [])

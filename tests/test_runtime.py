@@ -1,0 +1,69 @@
+"""What the process runs on, and files written safely."""
+
+import pytest
+import torch
+
+from fastdllm import runtime
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        ((9, 0), torch.bfloat16),
+        ((8, 0), torch.bfloat16),
+        ((7, 5), torch.float16),
+        ((7, 0), torch.float16),
+        ((6, 1), torch.float32),
+    ],
+)
+def test_the_dtype_follows_the_compute_capability_and_says_why(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    chosen, reason = runtime.get_optimal_dtype(torch.device("cuda"))
+    assert chosen == dtype and f"{capability[0]}.{capability[1]}" in reason
+    assert runtime.get_optimal_dtype(torch.device("cpu"))[0] == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("Quadro RTX 6000", None),
+    ],
+)
+def test_peaks_are_dense_and_unknown_devices_have_none(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert runtime.peak_flops(torch.device("cuda")) == peak
+    assert runtime.peak_flops(torch.device("cpu")) is None
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.pick_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        runtime.pick_device("cuda:1")
+    with pytest.raises(ValueError, match="must be auto"):
+        runtime.pick_device("gpu")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "rows" / "a.json"
+    runtime.write_text(path, "first")
+
+    def fails(descriptor):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(runtime.os, "fsync", fails)
+    with pytest.raises(OSError, match="disk full"):
+        runtime.write_text(path, "second")
+    assert path.read_text() == "first"
+
+
+def test_facts_about_this_process_are_there():
+    commit, is_dirty = runtime.code_revision()
+    assert commit == "unknown" or len(commit) == 40
+    assert isinstance(is_dirty, bool)
+    assert runtime.library_versions()["torch"] == torch.__version__
+    assert runtime.memory_bytes(torch.device("cpu")) > 2**20
+    assert runtime.device_name(torch.device("cpu")).startswith("cpu (")
