@@ -25,6 +25,7 @@ DENSE_BF16_PEAKS = {
     "rtx 3090": 71e12,
     "rtx 6000 ada": 364e12,
 }
+REVISION_FILE = ".revision"
 REPORTED_LIBRARIES = ("torch", "lightning", "transformers", "datasets", "deepspeed", "lm_eval", "triton")
 
 
@@ -86,8 +87,15 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def code_revision() -> tuple[str, bool]:
-    """Return the commit of this source tree ("unknown" outside git) and whether tracked files differ from it."""
+    """Return the commit of this source tree and whether tracked files differ from it.
+
+    A tree that was copied without its git folder may name its commit in a file `.revision` ("<commit> dirty" if it
+    differs); without either the commit is "unknown".
+    """
     root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists() and (root / REVISION_FILE).is_file():
+        named, *differs = (root / REVISION_FILE).read_text().split()
+        return named, bool(differs)
     commit = _git(root, "rev-parse", "HEAD")
     status = _git(root, "status", "--porcelain", "--untracked-files=no")
     return (commit, bool(status)) if commit else ("unknown", False)

@@ -67,3 +67,12 @@ def test_facts_about_this_process_are_there():
     assert runtime.library_versions()["torch"] == torch.__version__
     assert runtime.memory_bytes(torch.device("cpu")) > 2**20
     assert runtime.device_name(torch.device("cpu")).startswith("cpu (")
+
+
+def test_a_copied_tree_names_its_revision_in_a_file(tmp_path, monkeypatch):
+    package = tmp_path / "fastdllm"
+    package.mkdir()
+    monkeypatch.setattr(runtime, "__file__", str(package / "runtime.py"))
+    assert runtime.code_revision() == ("unknown", False)
+    (tmp_path / ".revision").write_text("0123abc dirty\n")
+    assert runtime.code_revision() == ("0123abc", True)

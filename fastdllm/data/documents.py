@@ -107,7 +107,7 @@ def _write(
 ) -> dict[str, Any]:
     lengths, problems, num_seen, num_response = [], [], 0, 0
     with open(folder / "tokens.int32", "wb") as tokens, open(folder / "is_response.uint8", "wb") as is_response:
-        bar = tqdm(total=num_rows, unit=" rows", desc=f"tokenising {config.name}")
+        bar = tqdm(total=num_rows, unit=" rows", desc=f"tokenising {config.name}", disable=None)
         for batch in _tokenized(config, tokenizer, num_workers):
             batch.tokens.tofile(tokens)
             batch.is_response.tofile(is_response)

@@ -165,7 +165,7 @@ class FastDLLMv2(TemplateLM):
         if self._device.type == "cuda":  # allocator, kernels and libraries are set up outside the timing
             list(self._engine().run([Request(prompt=queue[0].prompt, max_new_tokens=self.model.block_size)]))
         answers: list[str] = [""] * len(requests)
-        for completion in tqdm(engine.run(queue), total=len(queue), desc="problems", disable=disable_tqdm):
+        for completion in tqdm(engine.run(queue), total=len(queue), desc="problems", disable=disable_tqdm or None):
             instance = requests[completion.index]
             answers[completion.index] = completion.text
             self.completions[instance.task_name, instance.doc_id] = completion
@@ -235,7 +235,7 @@ class FastDLLMv2(TemplateLM):
                 f"{self.arguments.reuse_k}; use reuse_k 1."
             )
         scores, started = [], time.perf_counter()
-        for start in tqdm(range(0, len(requests), LOG_LIKELIHOOD_BATCH), desc="log-likelihoods"):
+        for start in tqdm(range(0, len(requests), LOG_LIKELIHOOD_BATCH), desc="log-likelihoods", disable=None):
             pairs = [(context, target) for _, context, target in requests[start : start + LOG_LIKELIHOOD_BATCH]]
             if self.mode == "ar":
                 scores += autoregressive_scores(self.model, pairs)

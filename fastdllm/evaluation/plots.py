@@ -1,13 +1,16 @@
-"""Rows to figures: accuracy against tokens per forward pass and against tokens per second."""
+"""Rows to figures: accuracy against tokens per forward and per second; and the training mask from its predicate."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from fastdllm.evaluation.results import Row, caption, check_one_revision
+from fastdllm.masks import CLEAN, dense_attention_mask, training_attention, training_rows
 
 AXES = (
     ("tokens_per_forward", "tokens per forward pass (tokens)"),
@@ -70,3 +73,36 @@ def _short(row: Row) -> str:
 def _marker(row: Row) -> str:
     """Return the marker of a row: by subset where layers are reused, a diamond for one token per pass, else a disc."""
     return SUBSET_MARKERS.get(row["subset"], "D" if row["threshold"] == 1.0 else "o")
+
+
+def draw_attention_mask(path: str | Path, *, length: int = 16, block_size: int = 4) -> Path:
+    """Draw who attends to whom in one training sample, from the predicate that training uses, into a PNG."""
+    position = torch.arange(length)[None]
+    rows = training_rows(torch.ones_like(position), position)
+    predicate = training_attention(rows, block_size, "block")
+    allowed = dense_attention_mask(predicate, 1, 3 * length, position.device)[0, 0].int()
+    colours = allowed * (2 - (rows.half[0] == CLEAN).int())[None, :]  # 1 clean keys, 2 keys of the row's own view
+    figure = Figure(figsize=(5.4, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(colours, cmap=ListedColormap(["#f4f4f4", "#3b6fb6", "#e08a2e"]))
+    edges = [edge - 0.5 for edge in range(0, 3 * length + 1, block_size)]
+    axes.set_xticks(edges, minor=True)
+    axes.set_yticks(edges, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1)
+    centres = [length / 2 - 0.5 + part * length for part in range(3)]
+    axes.set_xticks(centres, ["view a\n(masked)", "view b\n(the other tokens masked)", "clean"])
+    axes.set_yticks(centres, ["view a", "view b", "clean"], rotation=90, va="center")
+    axes.tick_params(which="both", length=0)
+    for edge in (length - 0.5, 2 * length - 0.5):
+        axes.axhline(edge, color="black", linewidth=1)
+        axes.axvline(edge, color="black", linewidth=1)
+    axes.set(xlabel="keys: orange inside the row's own block, blue the clean blocks before it", ylabel="rows")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+if __name__ == "__main__":
+    print(draw_attention_mask("docs/figures/mask.png"))
