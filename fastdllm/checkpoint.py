@@ -164,8 +164,12 @@ def save_checkpoint(
         ValueError: the weights do not fit the config, or `folder` holds something that is no checkpoint.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists())):
-        raise ValueError(f"{folder} exists and is no checkpoint (no config.json), so it is not replaced; name another.")
+    others = [path.name for path in folder.iterdir() if not _is_ours(path)] if folder.is_dir() else []
+    if others or folder.is_file():
+        raise ValueError(
+            f"{folder} holds {others[0] if others else 'a file'}, which is no part of a checkpoint, so it is not "
+            "replaced; name another folder."
+        )
     weights = {name: tensor for name, tensor in state_dict.items() if not _is_tied_head(name, config)}
     _check_weights({name: tensor.shape for name, tensor in weights.items()}, _empty_qwen(config), str(folder))
     partial = folder.with_name(f"{folder.name}.partial")
@@ -339,6 +343,11 @@ def _save_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a file is of a kind that a checkpoint folder has."""
+    return path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".txt")
 
 
 def _replace(partial: Path, folder: Path) -> None:

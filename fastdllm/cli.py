@@ -27,6 +27,7 @@ def parse(config_class: type[Config], argv: list[str] | None = None) -> Config:
     arguments = _fill_bare_flags(arguments, fields)
     _check_flags(arguments, fields)
     _check_files(arguments, fields)
+    arguments = _files_first(arguments)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
         return jsonargparse.auto_cli(config_class, as_positional=False, args=arguments)
@@ -105,12 +106,24 @@ def _check_files(arguments: list[str], fields: dict[str, dataclasses.Field]) -> 
         if not Path(name).is_file():
             choices = sorted(str(path) for path in Path(name).parent.glob("*.yaml"))
             _refuse(f"--config {name}: no such file{'; there are ' + ', '.join(choices) if choices else ''}.")
-        content = yaml.safe_load(Path(name).read_text()) or {}
+        try:
+            content = yaml.safe_load(Path(name).read_text()) or {}
+        except yaml.YAMLError as error:
+            _refuse(f"{name} is not YAML: {' '.join(str(error).split())}.")
         if not isinstance(content, dict):
             _refuse(f"{name} must hold `key: value` lines, got {type(content).__name__}.")
-        for key in flatten(content):
-            if key not in fields:
+        for key, value in flatten(content).items():
+            is_empty_group = not value and any(field.startswith(f"{key}.") for field in fields)
+            if key not in fields and not is_empty_group:
                 _refuse_unknown("key", key, list(fields), f" in {name}")
+
+
+def _files_first(arguments: list[str]) -> list[str]:
+    """Return the arguments with `--config FILE` in front: a flag overrides the file wherever it stands."""
+    is_file = [argument == "--config" or argument.startswith("--config=") for argument in arguments]
+    is_name = [argument == "--config" for argument in ["", *arguments]]
+    files = [a for a, flag, name in zip(arguments, is_file, is_name, strict=False) if flag or name]
+    return files + [a for a, flag, name in zip(arguments, is_file, is_name, strict=False) if not (flag or name)]
 
 
 def _refuse_unknown(kind: str, name: str, known: list[str], where: str = "") -> None:

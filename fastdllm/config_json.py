@@ -99,6 +99,10 @@ def qwen_arguments(raw: dict[str, Any], source: str) -> dict[str, Any]:
         raise ValueError(f"{source}: config.json lacks {', '.join(missing)}.")
     if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
         raise ValueError(f"{source} uses sliding-window attention, which is not supported; use a full-attention model.")
+    if raw.get("attention_dropout"):
+        raise ValueError(
+            f"{source} has attention_dropout {raw['attention_dropout']}, which is not supported; set it to 0."
+        )
     head_size = raw["hidden_size"] // raw["num_attention_heads"]
     if raw.get("head_dim", head_size) != head_size:
         raise ValueError(f"{source}: head_dim must be hidden_size / num_attention_heads = {head_size}.")

@@ -72,8 +72,10 @@ class GgufFile:
         self.path = Path(path)
         try:
             self._reader = GGUFReader(self.path)
-        except ValueError as error:  # bad magic, unsupported version
-            raise ValueError(f"{path} is not a readable GGUF file: {error}.") from error
+        except (ValueError, IndexError) as error:  # bad magic, unsupported version, cut off in its metadata
+            raise ValueError(
+                f"{path} is not a readable GGUF file ({error}); the download may be incomplete."
+            ) from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         architecture = self._value("general.architecture", "")
         if architecture != "qwen2":

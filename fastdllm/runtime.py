@@ -1,14 +1,15 @@
 """What this process runs on: device, precision and why, code revision, versions, and files written safely."""
 
 import os
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-# Dense peaks in FLOP/s from the vendors' data sheets (no sparsity), matched in this order as lower-case substrings of
-# the device name. Lightning's own table mixes dense and sparse figures, so it is not used.
+# Dense peaks in FLOP/s from the vendors' data sheets (no sparsity), matched in this order as whole words of the
+# lower-case device name. Lightning's own table mixes dense and sparse figures, so it is not used.
 DENSE_BF16_PEAKS = {
     "h200": 989e12,
     "h100 nvl": 835e12,
@@ -72,7 +73,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower()
-    return next((peak for key, peak in DENSE_BF16_PEAKS.items() if key in name), None)
+    return next((peak for key, peak in DENSE_BF16_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -310,15 +310,17 @@ def test_a_hub_id_without_network_says_to_give_a_folder(monkeypatch):
 def test_a_save_replaces_a_checkpoint_but_nothing_else(export, byte_tokenizer, tmp_path):
     folder, qwen = export
     arguments = (qwen.state_dict(), qwen.config, byte_tokenizer, 259, ADAPTATION)
-    (folder / "left over").touch()
+    (folder / "model-00001-of-00002.safetensors").touch()
     save_checkpoint(folder, *arguments)
-    assert not (folder / "left over").exists()
+    assert not (folder / "model-00001-of-00002.safetensors").exists()
     assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
     assert config_of(folder)["torch_dtype"] == "bfloat16"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="is no checkpoint"):
-        save_checkpoint(tmp_path / "mine", *arguments)
+    for target in (tmp_path / "mine", folder):
+        (folder / "test.jsonl").touch()
+        with pytest.raises(ValueError, match="is no part of a checkpoint"):
+            save_checkpoint(target, *arguments)
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 

@@ -30,6 +30,8 @@ def test_the_dtype_follows_the_compute_capability_and_says_why(monkeypatch, capa
         ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA H200", 989e12),
         ("Quadro RTX 6000", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A4000", None),
     ],
 )
 def test_peaks_are_dense_and_unknown_devices_have_none(monkeypatch, name, peak):

@@ -30,6 +30,8 @@ class DataConfig(SourceConfig):
     """Documents longer than sample_length are dropped, cut at its end, or an error; they are counted."""
     validation_path: str = ""
     """Source of the validation set, read like data.path; empty to hold out documents of data.path."""
+    validation_split: str = ""
+    """Split of a hub dataset in validation_path; empty for data.split."""
     validation_samples: int = 0
     """Samples of the validation set. With validation_path: at most so many of it, 0 for all; without: filled with the
     last documents of data.path, which are not trained on, 0 for no validation."""
@@ -46,12 +48,19 @@ class DataConfig(SourceConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name} must be 0 or more, got {getattr(self, name)}.")
         if self.sample_length < 1:
-            raise ValueError(f"data.sample_length must be a multiple of the block size, got {self.sample_length}.")
+            raise ValueError(f"data.sample_length must be 1 or more, got {self.sample_length}.")
+        if self.validation_path and self.validation_path == self.path and self.validation_split in ("", self.split):
+            raise ValueError(
+                f"data.validation_path {self.validation_path!r} is what is trained on; name another file or "
+                "data.validation_split, or leave it empty and hold out documents with data.validation_samples."
+            )
 
     @property
     def validation_source(self) -> SourceConfig:
         """The source of a separate validation set; without validation_path there is none."""
-        source = replace(self, path=self.validation_path, limit=0)
+        source = replace(
+            self, path=self.validation_path, split=self.validation_split or self.split, limit=0, validation_path=""
+        )
         return replace(source, subset="") if source.files else source
 
 

@@ -30,6 +30,7 @@ from fastdllm.data.sources import (
 
 ROWS_PER_BATCH = 1000
 BATCHES_WITHOUT_WORKERS = 32  # fewer rows are tokenised sooner than processes start
+MALFORMED_FILE = "malformed.txt"
 PROBLEMS_SHOWN = 5
 
 Row = tuple[str, bytes | dict[str, Any]]
@@ -133,6 +134,7 @@ def _write(
         "response_tokens": num_response,
         "tokenizer": tokenizer.name_or_path,
     }
+    (folder / MALFORMED_FILE).write_text("".join(f"{problem}\n" for problem in problems))
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     return meta
 
@@ -150,6 +152,9 @@ def _nothing_usable(config: SourceConfig, num_rows: int, problems: list[str]) ->
 def _report(meta: dict[str, Any], config: SourceConfig, how: str) -> None:
     for problem in meta["problems"]:
         print(f"data: malformed row at {problem}")
+    if meta["malformed"] > len(meta["problems"]):
+        num_more = meta["malformed"] - len(meta["problems"])
+        print(f"data: and {num_more} more, all named in {MALFORMED_FILE} of that folder")
     if meta["malformed"] and config.strict:
         raise ValueError(f"data.strict: {meta['malformed']} malformed rows, the first at {meta['problems'][0]}.")
     print(

@@ -141,6 +141,11 @@ class Engine:
                 shown = len(final)
 
     def _row(self, index: int, request: Request) -> Row:
+        if self.model.mask_token_id in request.prompt:
+            raise ValueError(
+                f"the prompt of request {index} holds the mask token (id {self.model.mask_token_id}), which stands for "
+                "what is still to be written; take it out."
+            )
         return Row(index, request, self.model.block_size, self.model.mask_token_id, self.stop_ids, self.mode)
 
     def _elapsed(self, started: float) -> float:
@@ -156,7 +161,7 @@ class Engine:
         width = max(row.finished_length for row in rows)
         tokens = [row.request.prompt[: row.finished_length] for row in rows]
         padded = self._tensor([part + [0] * (width - len(part)) for part in tokens])  # [R, T]
-        hidden = self._forward(rows, padded, self._tensor([[0]] * len(rows)), is_clean=True)
+        hidden = self._forward(rows, padded, [[0]] * len(rows), is_clean=True)
         if self.mode == "diffusion":
             ends = self._tensor([row.finished_length - 1 for row in rows])
             first = self.model.logits(hidden[torch.arange(len(rows)), ends]).argmax(-1).tolist()
@@ -192,7 +197,7 @@ class Engine:
 
     def _ar_step(self, rows: list[Row]) -> None:
         tokens = self._tensor([[row.last_token()] for row in rows])
-        hidden = self._forward(rows, tokens, self._tensor([[row.finished_length] for row in rows]), is_clean=True)
+        hidden = self._forward(rows, tokens, [[row.finished_length] for row in rows], is_clean=True)
         drawn, _ = self._propose(rows, hidden)
         for row, token in zip(rows, drawn[:, 0].tolist(), strict=True):
             row.add_token(token)
@@ -200,7 +205,7 @@ class Engine:
     def _append(self, rows: list[Row]) -> None:
         """Put the finished block into the block cache; its last row gives the next block's first token, greedily."""
         tokens = self._tensor([row.block for row in rows])
-        hidden = self._forward(rows, tokens, self._tensor([[row.finished_length] for row in rows]), is_clean=True)
+        hidden = self._forward(rows, tokens, [[row.finished_length] for row in rows], is_clean=True)
         following = self.model.logits(hidden[:, -1]).argmax(-1).tolist()
         for row, token in zip(rows, following, strict=True):
             row.append_passes += 1
@@ -219,7 +224,7 @@ class Engine:
         slots = self._tensor([row.slot for row in rows])
         self.store.select(slots, inside, is_reused=is_reused, is_full=is_full)
         calls = self.model.layer_calls
-        hidden = self._forward(rows, self._tensor(tokens), self._tensor(starts), is_clean=False)
+        hidden = self._forward(rows, self._tensor(tokens), starts, is_clean=False)
         # token shift: the proposal for place p comes from row p - 1; place 0 of a block is never masked
         places = self._tensor([[offset - first] for offset, first in zip(offsets, firsts, strict=True)])
         sources = (places + torch.arange(size, device=self.model.device) - 1).clamp(min=0)  # [R, S]
@@ -233,13 +238,14 @@ class Engine:
             row.unmask(offset, tokens_of_row, accepted)
             row.count_denoising_step(is_full=is_full, layers_run=self.model.layer_calls - calls)
 
-    def _forward(self, rows: list[Row], tokens: Tensor, starts: Tensor, *, is_clean: bool) -> Tensor:
-        """Run one pass over tokens [R, T] at positions starts [R, 1] + 0..T-1; return hidden states [R, T, C].
+    def _forward(self, rows: list[Row], tokens: Tensor, starts: list[list[int]], *, is_clean: bool) -> Tensor:
+        """Run one pass over tokens [R, T] at positions starts (R lists of one) + 0..T-1; return hidden [R, T, C].
 
         A clean pass attends as the model's context does (causally in AR mode); a denoising pass sees its whole block.
         """
-        positions = starts + torch.arange(tokens.shape[1], device=self.model.device)  # [R, T]
-        num_visible = (int(positions.max()) // self.model.block_size + 1) * self.model.block_size
+        positions = self._tensor(starts) + torch.arange(tokens.shape[1], device=self.model.device)  # [R, T]
+        last = max(start for (start,) in starts) + tokens.shape[1] - 1
+        num_visible = (last // self.model.block_size + 1) * self.model.block_size
         places = torch.arange(num_visible, device=self.model.device).expand(len(rows), -1)  # [R, S]
         context = "causal" if self.mode == "ar" else self.model.context_attention if is_clean else "block"
         attention_mask = decode_attention_mask(positions, places, self.model.block_size, context)

@@ -19,8 +19,8 @@ def propose(logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, unifor
     Source: method.md 3.2; the published code takes the softmax in the model's dtype and samples for the first row only.
     """
     if temperature == 0:
-        confidence, token = logits.softmax(-1).max(-1)
-        return token, confidence
+        best, token = logits.max(-1)
+        return token, (best - logits.logsumexp(-1)).exp()
     assert uniform is not None, "sampling needs uniform draws"
     probability, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
     below = probability.cumsum(-1) - probability  # mass of the more likely tokens

@@ -168,22 +168,24 @@ def decode_with_transformers(
 ) -> list[list[int]]:
     """Decode a batch greedily with transformers' own `generate` on the same weights: the outside AR baseline."""
     name = model.qwen.config._attn_implementation
-    model.qwen.set_attn_implementation("sdpa")
     width = max(len(prompt) for prompt in prompts)
     padded = [[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     is_token = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    output = model.qwen.generate(
-        torch.tensor(padded, device=model.device),
-        attention_mask=torch.tensor(is_token, device=model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        eos_token_id=sorted(stop_ids),
-        pad_token_id=pad_token_id,
-    )
-    model.qwen.set_attn_implementation(name)
+    model.qwen.set_attn_implementation("sdpa")
+    try:
+        output = model.qwen.generate(
+            torch.tensor(padded, device=model.device),
+            attention_mask=torch.tensor(is_token, device=model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=sorted(stop_ids),
+            pad_token_id=pad_token_id,
+        )
+    finally:
+        model.qwen.set_attn_implementation(name)
     return [_through_stop(row, stop_ids) for row in output[:, width:].tolist()]
 
 

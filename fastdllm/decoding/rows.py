@@ -67,6 +67,7 @@ class Row:
     denoising_step: int = 0  # in this block, for reuse
     has_sub_block_cache: bool = False
     is_finished: bool = False
+    final: list[int] = field(default_factory=list)  # new tokens that nothing can change any more
     searched_tokens: int = 0  # new tokens already searched for stop strings
     computed_tokens: int = 0
     prefill_passes: int = 0
@@ -93,7 +94,6 @@ class Row:
 
     def _fill_block(self, known: list[int]) -> None:
         self.block = list(known) + [self.mask_token_id] * (self.block_size - len(known))
-        self.num_known = len(known)
         self.denoising_step, self.has_sub_block_cache = 0, False
 
     def start_block(self, token: int) -> None:
@@ -112,10 +112,9 @@ class Row:
 
     def sub_block_offset(self, size: int) -> int | None:
         """Return where the first sub-block that still holds a mask token starts, or None if the block is done."""
-        if self.mask_token_id not in self.block[self.num_known :]:
+        if self.mask_token_id not in self.block:
             return None
-        first = self.block.index(self.mask_token_id, self.num_known)
-        return first // size * size
+        return self.block.index(self.mask_token_id) // size * size
 
     def unmask(self, offset: int, tokens: list[int], is_accepted: list[bool]) -> None:
         for place, (token, accepted) in enumerate(zip(tokens, is_accepted, strict=True), start=offset):
@@ -140,15 +139,15 @@ class Row:
         self.denoise_passes += 1
 
     def final_tokens(self) -> list[int]:
-        """Return the new tokens before the first mask token, through the first stop token or the limit."""
-        tokens = self.tokens + self.block
-        end = tokens.index(self.mask_token_id, len(self.request.prompt)) if self._has_mask() else len(tokens)
-        new = tokens[len(self.request.prompt) : min(end, self.limit)]
-        stops = [place for place, token in enumerate(new) if token in self.stop_ids]
-        return new[: stops[0] + 1] if stops else new
-
-    def _has_mask(self) -> bool:
-        return self.mask_token_id in self.block[self.num_known :] if self.mode == "diffusion" else False
+        """Return the new tokens that nothing can change any more, through the first stop token or the limit."""
+        start = len(self.request.prompt) + len(self.final)  # places before it are final
+        places = self.tokens[start:] + self.block[max(0, start - len(self.tokens)) :]
+        for token in places:
+            has_ended = bool(self.final) and self.final[-1] in self.stop_ids
+            if has_ended or len(self.final) == self.request.max_new_tokens or token == self.mask_token_id:
+                break
+            self.final.append(token)
+        return self.final
 
     def check_finished(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Finish at the first final stop token, at the limit, or once a final text holds a stop string."""

@@ -46,12 +46,18 @@ class TextGenerator:
             if len(text) > len(shown) and not text.endswith("\ufffd"):  # half a character waits for its other tokens
                 yield text[len(shown) :]
                 shown = text
+        text = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        if text != shown:  # the limit cut a character in two
+            yield text[len(shown) :]
 
     def _prepare(self, prompt, max_new_tokens: int, seed: int, options: dict) -> tuple[Engine, Request]:
         known = {field.name for config in (DecodeConfig, ReuseConfig) for field in dataclasses.fields(config)}
         unknown = sorted(set(options) - known)
         if unknown:
             raise ValueError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}.")
+        inert = sorted(set(options) - {"temperature", "top_p"})
+        if self.mode == "ar" and inert:
+            raise ValueError(f"option {inert[0]!r} has no effect token by token (mode ar); leave it out.")
         reuse_names = {field.name for field in dataclasses.fields(ReuseConfig)}
         reuse = ReuseConfig(**{name: value for name, value in options.items() if name in reuse_names})
         decode = {name: value for name, value in options.items() if name not in reuse_names}

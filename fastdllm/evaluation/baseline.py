@@ -41,7 +41,7 @@ class TransformersEngine:
                 yield self._completion(index, request, tokens[: request.max_new_tokens], longest)
 
     def _completion(self, index: int, request: Request, tokens: list[int], longest: int) -> Completion:
-        """Return the answer; the first token comes from the prefill, and a row stays in its batch to the end."""
+        """Return the answer; each token counts as one pass, and a row stays in its batch to the end."""
         kept = tokens[:-1] if tokens and tokens[-1] in self.stop_ids else tokens
         text = self.tokenizer.decode(kept, skip_special_tokens=False)
         for stop in request.stop_strings:
@@ -53,7 +53,7 @@ class TransformersEngine:
             counted_tokens=len(tokens),
             computed_tokens=longest,
             prefill_passes=1,
-            denoise_passes=len(tokens) - 1,
+            denoise_passes=len(tokens),
             append_passes=0,
             full_passes=0,
             layers_run=longest * self.model.num_layers,

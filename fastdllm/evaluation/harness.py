@@ -9,7 +9,7 @@ import functools
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from lm_eval import simple_evaluate
@@ -35,7 +35,6 @@ GENERATION_KEYS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
 LOCAL_TASKS = Path("data/tiny/tasks")
 OFFLINE_DATA = {"gsm8k": "openai/gsm8k", "minerva_math": "EleutherAI/hendrycks_math"}
 OFFLINE_DATA |= {"minerva_math500": "HuggingFaceH4/MATH-500", "ifeval": "google/IFEval"}
-LOG_LIKELIHOOD_BATCH = 8
 LM_EVAL_DEFAULTS = {"batch_size": 1, "device": "cuda:0"}  # what its command line passes when nothing is given
 
 
@@ -168,6 +167,8 @@ class FastDLLMv2(TemplateLM):
         for completion in tqdm(engine.run(queue), total=len(queue), desc="problems", disable=disable_tqdm or None):
             instance = requests[completion.index]
             answers[completion.index] = completion.text
+            if (instance.task_name, instance.doc_id) in self.completions:
+                raise ValueError(f"{instance.task_name} asks for each problem several times (repeats), set repeats: 1.")
             self.completions[instance.task_name, instance.doc_id] = completion
             self.cache_hook.add_partial("generate_until", instance.args, completion.text)
         self.seconds += engine.seconds
@@ -234,9 +235,9 @@ class FastDLLMv2(TemplateLM):
                 "a log-likelihood task makes no denoising step, so it cannot exercise reuse_k "
                 f"{self.arguments.reuse_k}; use reuse_k 1."
             )
-        scores, started = [], time.perf_counter()
-        for start in tqdm(range(0, len(requests), LOG_LIKELIHOOD_BATCH), desc="log-likelihoods", disable=None):
-            pairs = [(context, target) for _, context, target in requests[start : start + LOG_LIKELIHOOD_BATCH]]
+        scores, started, size = [], time.perf_counter(), self.arguments.batch_size
+        for start in tqdm(range(0, len(requests), size), desc="log-likelihoods", disable=None):
+            pairs = [(context, target) for _, context, target in requests[start : start + size]]
             if self.mode == "ar":
                 scores += autoregressive_scores(self.model, pairs)
             else:
@@ -256,9 +257,23 @@ def parse_arguments(arguments: dict[str, Any]) -> HarnessArguments:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}."
             raise ValueError(f"unknown model argument {name}; {hint}")
-    if "batch_size" in arguments:
-        arguments = {**arguments, "batch_size": int(arguments["batch_size"])}
-    return HarnessArguments(**arguments)
+    if arguments.get("layer_subset", "") is None:  # the seed study's spelling of its default
+        arguments = {**arguments, "layer_subset": "first"}
+    typed = {name: _typed(name, value) for name, value in arguments.items()}
+    return HarnessArguments(**typed)
+
+
+def _typed(name: str, value: Any) -> Any:
+    """Return a model argument in the type of its field. Raises ValueError for a value that it cannot be."""
+    kind = get_type_hints(HarnessArguments)[name]
+    choices = get_args(kind) or ((True, False) if kind is bool else ())
+    try:
+        value = value if choices else kind(value)
+    except ValueError:
+        raise ValueError(f"model argument {name} must be a {kind.__name__}, got {value!r}.") from None
+    if choices and value not in choices:
+        raise ValueError(f"model argument {name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
+    return value
 
 
 def resolve_mode(mode: str, checkpoint: Checkpoint) -> str:

@@ -24,6 +24,7 @@ ROW_FIELDS = (
     *("decode_seconds", "device", "dtype", "revision", "is_dirty", "versions", "config", "config_digest"),
 )
 COLUMNS = ("model", "tokens seen", "decoding", "accuracy", "tokens per forward", "tokens/s", "decode tokens/s")
+VARYING_SETTINGS = ("sub_block_size", "temperature", "max_new_tokens", "prompt", "batch_size", "device", "dtype")
 SUBSET_ORDER = ("", "first", "middle", "last")
 PIPE_WIDTH = 120  # columns where the output is no terminal
 
@@ -134,8 +135,8 @@ def check_one_revision(rows: Sequence[Row], show_mixed_revisions: bool = False) 
     if len(set(revisions)) > 1 and not show_mixed_revisions:
         counts = ", ".join(f"{name}: {revisions.count(name)} rows" for name in sorted(set(revisions)))
         raise ValueError(
-            f"a table needs rows of one code revision, got {counts}; run again with --force, or show them as they are "
-            "with --show_mixed_revisions."
+            f"a table needs rows of one code revision, got {counts}; measure all of them again, or show "
+            "them as they are with --show_mixed_revisions."
         )
 
 
@@ -149,7 +150,9 @@ def describe_decoding(row: Row) -> str:
     if row["mode"] == "ar":
         return "AR, token by token" if row["engine"] == "fastdllm" else f"AR, {row['engine']}"
     parts = [f"threshold {row['threshold']}" if row["policy"] == "threshold" else f"{row['policy']}"]
-    if row["reuse_k"] and row["reuse_k"] > 1:
+    if row["reuse_k"] == 1:
+        parts.append("k1 (no reuse)")
+    elif row["reuse_k"]:
         parts.append(f"k{row['reuse_k']} {row['subset']} ({row['reuse_mode']})")
     if not row["use_block_cache"]:
         parts.append("no sub-block cache")
@@ -159,8 +162,9 @@ def describe_decoding(row: Row) -> str:
 def table_lines(rows: Sequence[Row], show_mixed_revisions: bool = False) -> list[list[str]]:
     """Return a header and one line per row, all text. Raises ValueError for rows of mixed revisions."""
     check_one_revision(rows, show_mixed_revisions)
-    varying = {"problems": [str(row["num_samples"]) for row in rows], "revision": [revision(row) for row in rows]}
-    varying = {name: values for name, values in varying.items() if len(set(values)) > 1}  # else the caption has it
+    varying = {name: [(row["config"] or {}).get(name) for row in rows] for name in VARYING_SETTINGS}
+    varying |= {"problems": [row["num_samples"] for row in rows], "revision": [revision(row) for row in rows]}
+    varying = {name: values for name, values in varying.items() if len({*values} - {None}) > 1}  # else in the caption
     lines = [[*COLUMNS, *varying]]
     for number, row in enumerate(rows):
         tokens = "-" if row["data_tokens"] is None else f"{row['data_tokens']:,}"
@@ -168,7 +172,7 @@ def table_lines(rows: Sequence[Row], show_mixed_revisions: bool = False) -> list
         speeds = [_number(row["tokens_per_forward"], 2)]
         speeds += [_number(row[name]) for name in ("tokens_per_second", "decode_tokens_per_second")]
         line = [row["label"], tokens, describe_decoding(row), accuracy, *speeds]
-        lines.append(line + [values[number] for values in varying.values()])
+        lines.append(line + ["-" if values[number] is None else str(values[number]) for values in varying.values()])
     return lines
 
 

@@ -25,6 +25,7 @@ from fastdllm.runtime import code_revision, device_name, library_versions, pick_
 
 DEFAULT_THRESHOLD = 0.9
 NAMED_SUBSETS = ("first", "middle", "last")
+UNUSED_REUSE = ("first", "output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,10 @@ class EvaluateConfig:
                 "reuse_k above 1 (and grid) needs decode.use_block_cache true: without the sub-block cache every "
                 "denoising step is a full pass and nothing is reused; leave decode.use_block_cache out."
             )
+        if self.mode != "ar" and not self.grid and self.reuse_k == 1 and (self.subset, self.reuse_mode) != UNUSED_REUSE:
+            raise ValueError(
+                f"subset {self.subset} and reuse_mode {self.reuse_mode} have no effect with reuse_k 1; add --reuse_k 2."
+            )
         if self.engine == "transformers" and (self.mode == "diffusion" or self.decode.temperature > 0):
             raise ValueError(
                 "engine transformers decodes greedily and in mode ar only, got mode "
@@ -116,8 +121,11 @@ def evaluate(config: EvaluateConfig) -> list[Row]:
         ValueError, FileNotFoundError: what cannot be evaluated, with the way out.
     """
     rows = run_missing(config)
-    if not (config.status or config.dry_run):
-        show_rows(run_folder(config.run, source_of(config)) / "rows", config.show_mixed_revisions)
+    if rows and not (config.status or config.dry_run):
+        print_table(rows, show_mixed_revisions=True)
+        folder = run_folder(config.run, source_of(config)) / "rows"
+        if len(read_rows(folder)) > len(rows):
+            show_rows(folder, config.show_mixed_revisions)
     return rows
 
 
@@ -141,7 +149,8 @@ def run_missing(config: EvaluateConfig) -> list[Row]:
         print("\n".join(f"would run {cell.name} ({reason})" for cell, reason in to_run) or "nothing to run")
         return read_cells(cells, folder)
     print(f"{len(to_run)} of {len(cells)} measurements to run on {device_name(device)} in {dtype}")
-    sweep.run_cells(to_run, folder / "rows", lambda cell: measure(cell, checkpoint, config, folder))
+    revision = code_revision()  # what runs from here on, whatever is committed meanwhile
+    sweep.run_cells(to_run, folder / "rows", lambda cell: measure(cell, checkpoint, config, folder, revision))
     return read_cells(cells, folder)
 
 
@@ -225,6 +234,8 @@ def resolve_settings(config: EvaluateConfig, checkpoint: Checkpoint) -> sweep.Se
             "task": task,
             "mode": mode,
             "policy": "threshold",
+            "device": pick_device(config.device).type,
+            "dtype": str(checkpoint.qwen.dtype).removeprefix("torch."),
             "subset": canonical_subset(config.subset, checkpoint.qwen.config.num_hidden_layers),
         }
     )
@@ -233,7 +244,8 @@ def resolve_settings(config: EvaluateConfig, checkpoint: Checkpoint) -> sweep.Se
 def _check_autoregressive(config: EvaluateConfig, source: str) -> None:
     """Raise ValueError for options that mode ar would silently ignore."""
     usual = EvaluateConfig()
-    inert = [name for name in ("reuse_k", "grid", "threshold") if getattr(config, name) != getattr(usual, name)]
+    names = ("reuse_k", "subset", "reuse_mode", "grid", "threshold")
+    inert = [name for name in names if getattr(config, name) != getattr(usual, name)]
     for name in ("threshold", "sub_block_size", "use_block_cache"):
         inert += [f"decode.{name}"] if getattr(config.decode, name) != getattr(usual.decode, name) else []
     if inert:
@@ -249,23 +261,26 @@ def canonical_subset(subset: str, num_layers: int) -> str:
     return subset if subset in NAMED_SUBSETS else names[0] if names else ",".join(map(str, layers))
 
 
-def measure(cell: sweep.Cell, checkpoint: Checkpoint, config: EvaluateConfig, folder: Path) -> Row:
+def measure(
+    cell: sweep.Cell, checkpoint: Checkpoint, config: EvaluateConfig, folder: Path, revision: tuple[str, bool]
+) -> Row:
     """Run one cell and return its row; the answers go into `<folder>/samples/<cell>.samples.jsonl`."""
     settings = cell.settings
     model = harness.FastDLLMv2(checkpoint=checkpoint, **harness_arguments(settings))
     result = harness.run_task(model, settings["task"], limit=settings["limit"], offline=config.offline)
     write_samples(folder / "samples" / f"{cell.name}.samples.jsonl", result.problems, model.completions)
     counts = count(model)
-    commit, is_dirty = code_revision()
+    commit, is_dirty = revision
+    does_not_apply = () if model.completions else sweep.GENERATION_ONLY  # log-likelihoods generate nothing
     return make_row(
-        **{name: settings[name] for name in sweep.ROW_SETTINGS},
+        **{name: None if name in does_not_apply else settings[name] for name in sweep.ROW_SETTINGS},
         **score([problem["correct"] for problem in result.problems], [problem["split"] for problem in result.problems]),
         **dataclasses.asdict(counts),
         **ratios(counts),
         cell=cell.name,
         model=checkpoint.source,
         checkpoint_hash=checkpoint.digest,
-        data_tokens=checkpoint.adaptation.data_tokens if checkpoint.adaptation else None,
+        data_tokens=(checkpoint.adaptation.data_tokens or None) if checkpoint.adaptation else None,  # 0: not recorded
         metric=result.metric,
         metrics=result.metrics,
         device=device_name(model.device),

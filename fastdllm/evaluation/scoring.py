@@ -59,10 +59,13 @@ def collect(task: str, samples: dict[str, list[dict[str, Any]]], final_prompt: C
 
 
 def _primary_metric(task: str, logged: Sequence[tuple[str, dict[str, Any]]]) -> tuple[str, str]:
-    """Return the (metric, filter) that a row's accuracy holds: the one named for the task's family, else its first."""
+    """Return the (metric, filter) that a row's accuracy holds: the one named for the task's family, if the task has it,
+    else its first."""
     family = max((name for name in PRIMARY_METRICS if task.startswith(name)), key=len, default=None)
     if family is not None:
-        return PRIMARY_METRICS[family]
+        metric, filter_name = PRIMARY_METRICS[family]
+        if any(sample["filter"] == filter_name and metric in sample["metrics"] for _, sample in logged):
+            return metric, filter_name
     first = logged[0][1]
     return first["metrics"][0], first["filter"]
 

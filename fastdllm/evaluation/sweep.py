@@ -26,10 +26,9 @@ ASKED = (
     "max_new_tokens",
     "limit",
     "prompt",
-    "device",
-    "dtype",
     "seed",
 )
+GENERATION_ONLY = ("policy", "threshold", "sub_block_size", "use_block_cache")
 ROW_SETTINGS = ("label", "engine", "task", "mode", *DIFFUSION_ONLY, "batch_size")  # also fields of a row
 # What a cell's name leaves out when it has this value; everything else in the settings is spelt in the name.
 USUAL = {
@@ -45,8 +44,8 @@ USUAL = {
     "max_new_tokens": 0,
     "limit": 0,
     "prompt": "published",
-    "device": "auto",
-    "dtype": "auto",
+    "device": "cuda",
+    "dtype": "bfloat16",
     "seed": 0,
 }
 
@@ -94,7 +93,7 @@ def make_cell(settings: Settings) -> Cell:
     if canonical["policy"] != "threshold":
         canonical["threshold"] = None
     if canonical["temperature"] == 0:
-        canonical["top_p"] = None
+        canonical.update(top_p=None, seed=None)
     is_shared = canonical["mode"] != "ar" and canonical["reuse_k"] == 1
     names = tuple(f"k1_{subset}" for subset in GRID_SUBSETS) if is_shared else (short_name(canonical),)
     return Cell(settings=canonical, grid_names=names)

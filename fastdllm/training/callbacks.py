@@ -11,7 +11,7 @@ from fastdllm.decoding.engine import Engine
 from fastdllm.decoding.rows import Completion, Request
 from fastdllm.runtime import peak_flops
 from fastdllm.training.clock import Clock
-from fastdllm.training.module import AdaptModule, add_over_processes, learning_rate_factor
+from fastdllm.training.module import AdaptModule, Meter, add_over_processes, learning_rate_factor
 from fastdllm.training.strategies import deepspeed_gradient_norm
 
 
@@ -33,11 +33,12 @@ class Progress(Callback):
         step = trainer.global_step
         if step == self.reported_step or not (module.is_reported(step) or trainer.should_stop):
             return
-        self.reported_step = step
-        values = {f"train/{name}": value for name, value in module.meter.read().items()}
+        values = {f"train/{name}": value for name, value in module.meter.read(step - self.reported_step).items()}
+        module.meter = Meter(module.device)
+        self._loss = float(add_over_processes(module.step_loss))
         values |= self._optimizer_values(trainer, module, step) | self._throughput(trainer, module)
         _log(trainer, values, step)
-        self._loss = values["train/loss"]
+        self.reported_step = step
         if trainer.is_global_zero:
             print(self._line(step, trainer.max_steps, values), flush=True)
 
@@ -115,9 +116,15 @@ class TimeLimit(Callback):
 class TextSamples(Callback):
     """Decodes a few prompts every `every` optimizer steps, on the first process, which must hold all weights."""
 
-    def __init__(self, *, every: int, make_requests: Callable[[], list[Request]], tokenizer, mode: str, clock: Clock):
-        self.every, self.make_requests, self.tokenizer = every, make_requests, tokenizer
-        self.mode, self.clock = mode, clock
+    def __init__(
+        self,
+        *,
+        every: int,
+        make_requests: Callable[[], list[Request]],
+        make_engine: Callable[..., Engine],
+        clock: Clock,
+    ):
+        self.every, self.make_requests, self.make_engine, self.clock = every, make_requests, make_engine, clock
         self.shown_step = 0
 
     def on_train_start(self, trainer: Trainer, module: AdaptModule) -> None:
@@ -138,7 +145,7 @@ class TextSamples(Callback):
     def _decode(self, module: AdaptModule) -> list[Completion]:
         """Return the answers in the order of the prompts; layers run uncompiled: new shapes would recompile them."""
         with torch.compiler.set_stance("force_eager"):
-            engine = Engine(module.model, self.tokenizer, mode=self.mode)
+            engine = self.make_engine(module.model)
             completions = sorted(engine.run(self.make_requests()), key=lambda completion: completion.index)
         module.model.train()
         return completions

@@ -10,16 +10,16 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from fastdllm.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fastdllm.config_json import Adaptation
+from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.objective import ObjectiveConfig
 from fastdllm.runtime import code_revision, write_text
-from fastdllm.training.resume import CONFIG_FILE, Snapshot, newest_complete
+from fastdllm.training.resume import CONFIG_FILE, Snapshot, locked, newest_complete
 from fastdllm.training.strategies import read_zero_weights
 
 EXPORT_FOLDER = "export"
 EXPORTED_FILE = "exported_step"
 PREFIX = "scoring.model.qwen."  # where the LightningModule holds the model
 DCP_PREFIX = "state_dict."
-SUB_BLOCK_SIZE = 8
 
 
 def export_run(run: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -27,17 +27,25 @@ def export_run(run: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
 
     Raises:
         FileNotFoundError: the folder is no run, or has no complete checkpoint yet.
+        RuntimeError: a training is using the run folder.
     """
     run = Path(run)
     if not (run / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{run} has no {CONFIG_FILE}, so it is no run folder; give one such as runs/demo.")
     config = yaml.safe_load((run / CONFIG_FILE).read_text())
-    source = load_checkpoint(config["checkpoint"], dtype=dtype)
-    return write_export(run, source, ObjectiveConfig(**config["objective"]), config["task"], dtype)
+    objective, decode = ObjectiveConfig(**config["objective"]), DecodeConfig(**config["decode"])
+    with locked(run):
+        source = load_checkpoint(config["checkpoint"], dtype=dtype)
+        return write_export(run, source, objective, decode, config["task"], dtype)
 
 
 def write_export(
-    run: Path, source: Checkpoint, objective: ObjectiveConfig, task: str, dtype: torch.dtype = torch.bfloat16
+    run: Path,
+    source: Checkpoint,
+    objective: ObjectiveConfig,
+    decode: DecodeConfig,
+    task: str,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
     """Write `<run>/export`: the weights of the newest complete checkpoint, all else from `source`.
 
@@ -54,9 +62,10 @@ def write_export(
             first_token=objective.first_token,
             context_attention=objective.context_attention,
             task=task,
-            sub_block_size=min(SUB_BLOCK_SIZE, objective.block_size),
+            threshold=decode.threshold,
+            sub_block_size=decode.sub_block_size,
             data_tokens=snapshot.data_tokens,
-            base=source.source,
+            base=Path(source.source).name if Path(source.source).is_absolute() else source.source,
             revision=code_revision()[0],
         )
     weights = read_weights(snapshot)

@@ -145,13 +145,13 @@ class Meter:
         self.objective += objective.detach()
         self.num_tokens += num_tokens.sum()
 
-    def read(self) -> dict[str, float]:
-        """Return means over all processes, which must all call this; a bin without targets is left out."""
+    def read(self, num_steps: int = 1) -> dict[str, float]:
+        """Return means over `num_steps` steps and all processes, which must all call this; empty bins are left out."""
         sums = torch.cat([self.bins.flatten(), self.objective, self.num_tokens])
         *flat, objective, num_tokens = add_over_processes(sums).tolist()
         bins = [flat[start : start + 3] for start in range(0, len(flat), 3)]
         noised = [sum(column) for column in zip(*bins[:NUM_NOISE_BINS], strict=True)]
-        values = {"loss": objective}
+        values = {"loss": objective / num_steps}
         if noised[2]:
             values |= {"masked_accuracy": noised[1] / noised[2], "masked_fraction": noised[2] / (2 * num_tokens)}
         if bins[NEXT_TOKEN_BIN][2]:
@@ -197,7 +197,8 @@ class AdaptModule(LightningModule):
         self.optimizer_config, self.max_steps, self.log_every = optimizer, max_steps, log_every
         self.compute_dtype, self.compile_layers = compute_dtype, compile_layers
         self.earlier_data_tokens = data_tokens  # of all processes, before this start
-        self.meter: Meter | None = None
+        self.meter: Meter | None = None  # since the last report, which replaces it
+        self.step_loss: Tensor | None = None  # of this process, this optimizer step
         self.validation_meter: Meter | None = None
         self.counters: Tensor | None = None  # [3] float64 since this start: document tokens, rows, operations
         self.gradient_norm: Tensor | None = None
@@ -247,13 +248,15 @@ class AdaptModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.counters = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.meter = Meter(self.device)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the micro-batch's part of the loss, scaled for the mean over processes and micro-batches to come."""
         accumulate = self.trainer.accumulate_grad_batches
         if batch_idx % accumulate == 0:
-            self.meter = Meter(self.device)
+            self.step_loss = torch.zeros((), device=self.device)
         scores, objective = self._score(batch)
+        self.step_loss += objective.detach()
         self.meter.add(scores, objective, batch["num_tokens"])
         config = self.model.qwen.config
         flops = BACKWARD_AND_FORWARD * forward_flops(config, scores.num_rows, scores.num_pairs, scores.loss.numel())

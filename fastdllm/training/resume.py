@@ -34,6 +34,7 @@ MAY_CHANGE = (  # between two starts of one run: they change neither the weights
     "keep_checkpoints",
     "sample_every",
     "num_samples",
+    "sample_tokens",
     "data.num_workers",
     "data.loader_workers",
     "data.cache_dir",
@@ -119,10 +120,13 @@ def remove_leftovers(checkpoints: Path) -> None:
         shutil.rmtree(path)
 
 
-def check_same_config(run: Path, config: Any) -> None:
-    """Raise a ValueError if the run folder was started with another config, naming each key and both values."""
+def check_run(run: Path, config: Any) -> None:
+    """Raise a ValueError if the folder is no run, or has another config, naming each key with both values."""
     file = run / CONFIG_FILE
-    if not file.exists():
+    others = [path.name for path in run.iterdir() if path.name != LOCK_FILE]
+    if others and not file.exists():
+        raise ValueError(f"{run} holds {others[0]} and no {CONFIG_FILE}, so it is no run folder; use another --name.")
+    if not file.exists() or config.fresh:
         return
     before, now = flatten(yaml.safe_load(file.read_text())), flatten(yaml.safe_load(yaml.safe_dump(to_dict(config))))
     changed = [

@@ -1,13 +1,16 @@
 """TrainConfig and train(): from a config to a trained, exported checkpoint in its run folder."""
 
+import dataclasses
 import logging
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -16,7 +19,9 @@ from fastdllm.checkpoint import Checkpoint, checkpoint_size, load_checkpoint
 from fastdllm.cli import to_yaml
 from fastdllm.data.datamodule import AdaptDataModule, DataConfig
 from fastdllm.data.sources import check_source
+from fastdllm.decoding.engine import DecodeConfig, Engine
 from fastdllm.decoding.rows import Request
+from fastdllm.masks import FLEX_TILE
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.objective import ObjectiveConfig
 from fastdllm.runtime import device_name, get_optimal_dtype, memory_bytes, pick_device, write_text
@@ -29,7 +34,7 @@ from fastdllm.training.resume import (
     CONFIG_FILE,
     SaveCheckpoints,
     Snapshot,
-    check_same_config,
+    check_run,
     check_world_size,
     locked,
     newest_complete,
@@ -88,7 +93,8 @@ class TrainConfig:
     strategy: StrategyName = "auto"
     """How the work is divided; auto is ddp on several devices, and on one there is nothing to divide."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Precision of the products; auto takes the best that the device is fast at. Weights are float32 throughout."""
+    """Precision of the products; auto takes the best that the device is fast at. The optimizer's weights are float32;
+    under DeepSpeed the passes use, and gradients are added up in, a bf16 copy."""
     compile: Literal["auto", "layers", "none"] = "auto"
     """Compile the layers one by one; auto does it on CUDA."""
     micro_batch_size: int = 1
@@ -110,6 +116,7 @@ class TrainConfig:
     sample_tokens: int = 128
     """Limit on new tokens of a decoded sample, 1 or more."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -122,6 +129,11 @@ class TrainConfig:
         for key in ("seed", "max_minutes", "devices", "sample_every"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must be 0 or more, got {getattr(self, key)}.")
+        if self.objective.block_size % self.decode.sub_block_size:
+            raise ValueError(
+                f"decode.sub_block_size must divide objective.block_size ({self.objective.block_size}), got "
+                f"{self.decode.sub_block_size}; try {self.objective.block_size // 4}."
+            )
         if self.data.sample_length % self.objective.block_size:
             raise ValueError(
                 f"data.sample_length must be a multiple of objective.block_size ({self.objective.block_size}), got "
@@ -160,18 +172,34 @@ def train(config: TrainConfig) -> Path | None:
         setup = resolve(config)
         if is_first:
             stack.enter_context(locked(run))
-            _open_run(config)
+            check_run(run, config)
         snapshot = None if config.fresh else newest_complete(run / "checkpoints")
-        if snapshot is not None and snapshot.is_last and exported_step(run) == snapshot.step:
-            print(f"{run} finished at step {snapshot.step}; nothing to do (--fresh starts anew)", flush=True)
+        is_done = snapshot is not None and _is_done(config, snapshot)
+        if is_done and exported_step(run) == snapshot.step:
             return run / EXPORT_FOLDER
         _check(config, setup, snapshot, is_first)
         source = load_checkpoint(config.checkpoint)
         if is_first:
-            write_text(run / CONFIG_FILE, to_yaml(config))
-        if snapshot is None or not snapshot.is_last:
+            _open_run(config)
+        if not is_done:
             _fit(config, setup, source, snapshot)
-        return write_export(run, source, config.objective, config.task) if is_first else None
+        return write_export(run, source, config.objective, config.decode, config.task) if is_first else None
+
+
+def _is_done(config: TrainConfig, snapshot: Snapshot) -> bool:
+    """Return whether there is nothing left to train, saying so: the last step, or an unchanged time limit."""
+    if snapshot.step == config.max_steps:
+        print(f"{run_folder(config)} finished at step {snapshot.step}; nothing to do (--fresh starts anew)", flush=True)
+        return True
+    before = yaml.safe_load((run_folder(config) / CONFIG_FILE).read_text())
+    if snapshot.is_last and before["max_minutes"] == config.max_minutes:
+        print(
+            f"{run_folder(config)} stopped at its time limit ({config.max_minutes:g} minutes) at step {snapshot.step} "
+            f"of {config.max_steps}; raise --max_minutes to go on, --fresh starts anew",
+            flush=True,
+        )
+        return True
+    return False
 
 
 def _quieten_libraries() -> None:
@@ -225,11 +253,12 @@ def _check(config: TrainConfig, setup: Setup, snapshot: Snapshot | None, is_firs
 
 
 def _open_run(config: TrainConfig) -> None:
-    """Make the run folder ready: emptied if asked to, of the same config, without leftovers."""
+    """Make the run folder ready: emptied if asked to, without leftovers, with the config that a restart compares."""
+    run = run_folder(config)
     if config.fresh:
-        remove_run(run_folder(config))
-    check_same_config(run_folder(config), config)
-    remove_leftovers(run_folder(config) / "checkpoints")
+        remove_run(run)
+    remove_leftovers(run / "checkpoints")
+    write_text(run / CONFIG_FILE, to_yaml(dataclasses.replace(config, fresh=False)))
 
 
 def preflight(config: TrainConfig, setup: Setup) -> None:
@@ -242,6 +271,11 @@ def preflight(config: TrainConfig, setup: Setup) -> None:
     if config.data.validation_path:
         check_source(config.data.validation_source)
     device = pick_device(setup.accelerator)
+    if device.type == "cuda" and config.data.sample_length % FLEX_TILE:
+        raise ValueError(
+            f"data.sample_length must be a multiple of {FLEX_TILE} on a GPU (FlexAttention's tile), got "
+            f"{config.data.sample_length}."
+        )
     num_parameters = checkpoint_size(config.checkpoint)
     plan = MemoryPlan(
         num_parameters=num_parameters,
@@ -338,8 +372,12 @@ def _callbacks(config: TrainConfig, setup: Setup, data: AdaptDataModule, source:
             TextSamples(
                 every=config.sample_every,
                 make_requests=lambda: _sample_requests(data, config.num_samples, config.sample_tokens),
-                tokenizer=source.tokenizer,
-                mode="ar" if config.objective.kind == "autoregressive" else "diffusion",
+                make_engine=partial(
+                    Engine,
+                    tokenizer=source.tokenizer,
+                    mode="ar" if config.objective.kind == "autoregressive" else "diffusion",
+                    decode=config.decode,
+                ),
                 clock=clock,
             )
         )

@@ -6,7 +6,7 @@ from conftest import make_qwen
 
 from fastdllm.decoding.engine import DecodeConfig, Engine, Request
 from fastdllm.decoding.reference import decode_autoregressive, decode_plain, decode_with_stale_keys
-from fastdllm.decoding.reuse import ReuseConfig
+from fastdllm.decoding.reuse import LayerStore, ReuseConfig, layer_subset
 from fastdllm.model import BlockDiffusionLM
 
 MASK = 259
@@ -135,12 +135,29 @@ def test_stop_token_limit_and_stop_string_end_an_answer(byte_tokenizer):
     completions, engine = run(model, byte_tokenizer, prompts, mode="ar", max_new_tokens=12)
     assert all(c.counted_tokens == 12 or c.tokens[-1] in engine.stop_ids for c in completions)
     assert all(not set(c.tokens[:-1]) & engine.stop_ids for c in completions)
-    text = completions[-1].text
-    stop = text[4:6]
-    request = Request(prompt=prompts[-1], max_new_tokens=12, stop_strings=(stop,))
-    (cut,) = Engine(model, byte_tokenizer, mode="ar").run([request])
-    assert cut.text == text.split(stop, 1)[0]
-    assert cut.counted_tokens <= completions[-1].counted_tokens
+    for mode in ("ar", "diffusion"):
+        (whole,), _ = run(model, byte_tokenizer, prompts[-1:], mode=mode, sub_block_size=4, max_new_tokens=28)
+        stop = whole.text[2:4]
+        request = Request(prompt=prompts[-1], max_new_tokens=28, stop_strings=(stop,))
+        decode = DecodeConfig(sub_block_size=4)
+        (cut,) = Engine(model, byte_tokenizer, mode=mode, decode=decode).run([request])
+        assert cut.text == whole.text.split(stop, 1)[0]
+        assert cut.counted_tokens < whole.counted_tokens
+
+
+def test_a_delta_is_what_a_layer_added_and_comes_back_for_the_same_places():
+    store = LayerStore(4, ReuseConfig(reuse_k=2, subset="2", reuse_mode="delta"), num_slots=3, block_size=8)
+    slots = torch.tensor([2, 0])
+    before, after = torch.randn(2, 2, 8, 5)
+    store.select(slots, torch.arange(8).expand(2, -1), is_reused=False, is_full=True)
+    assert store.recall(2, before) is None
+    store.store(2, before, after)
+    fresh = torch.randn(2, 4, 5)
+    store.select(slots, torch.tensor([[4, 5, 6, 7], [0, 1, 2, 3]]), is_reused=True, is_full=False)
+    delta = after - before
+    expected = fresh + torch.stack([delta[0, 4:], delta[1, :4]])
+    torch.testing.assert_close(store.recall(2, fresh), expected)
+    assert store.recall(1, fresh) is None
 
 
 def test_bad_settings_are_refused(byte_tokenizer):
@@ -155,3 +172,15 @@ def test_bad_settings_are_refused(byte_tokenizer):
         Request(prompt=[], max_new_tokens=3)
     with pytest.raises(ValueError, match="threshold"):
         DecodeConfig(threshold=0.0)
+    with pytest.raises(ValueError, match="holds the mask token"):
+        next(Engine(model, byte_tokenizer).run([Request(prompt=[1, MASK], max_new_tokens=3)]))
+
+
+def test_subsets_are_the_documented_layers():
+    assert layer_subset(28, "first") == tuple(range(1, 13))
+    assert layer_subset(28, "middle") == tuple(range(8, 20))
+    assert layer_subset(28, "last") == tuple(range(16, 28))
+    assert layer_subset(8, "3,1,3") == (1, 3)
+    for wrong, message in (("frist", "must be first"), ("7,8", "0 to 7")):
+        with pytest.raises(ValueError, match=message):
+            layer_subset(8, wrong)

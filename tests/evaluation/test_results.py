@@ -70,6 +70,7 @@ def test_tables_and_figures_refuse_mixed_revisions_unless_told_to_show_them(chan
         with pytest.raises(ValueError, match="one code revision.*--show_mixed_revisions"):
             use(mixed)
     assert table_lines(mixed, show_mixed_revisions=True)[0][-1] == "revision"
+    assert table_lines([*rows(), fake_row(cell(sub_block_size=16))])[0][-1] == "sub_block_size"
 
 
 def test_the_table_names_model_tokens_and_decoding(capsys):
@@ -77,7 +78,7 @@ def test_the_table_names_model_tokens_and_decoding(capsys):
     header, *lines = table_lines(rows())
     assert [line[2] for line in lines] == [
         "AR, token by token",
-        "threshold 0.9",
+        "threshold 0.9, k1 (no reuse)",
         "threshold 0.9, k2 first (output)",
         "threshold 0.9, k3 last (delta)",
     ]

@@ -80,7 +80,7 @@ def test_second_run_measures_nothing_and_force_measures_again(adapted, project, 
 
 
 def test_grid_makes_seven_rows_and_shows_nine_cells(adapted, project, capsys, monkeypatch):
-    def measure(cell, checkpoint, config, folder):
+    def measure(cell, checkpoint, config, folder, revision):
         return fake_row(cell, checkpoint_hash=checkpoint.digest)
 
     monkeypatch.setattr(run, "measure", measure)

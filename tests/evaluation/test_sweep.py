@@ -19,12 +19,14 @@ def test_every_setting_that_differs_shows_in_the_name():
     other = {
         "engine": "transformers", "threshold": 0.8, "use_block_cache": False, "sub_block_size": 16, "temperature": 0.5,
         "batch_size": 4, "max_new_tokens": 9, "limit": 3, "prompt": "lm_eval", "device": "cpu", "dtype": "float16",
-        "seed": 1, "label": "x", "task": "y", "mode": "ar", "reuse_k": 2, "policy": "other",
+        "label": "x", "task": "y", "mode": "ar", "reuse_k": 2, "policy": "other",
     }  # fmt: skip
-    assert {*other, "subset", "reuse_mode", "top_p"} == set(SETTINGS)
+    assert {*other, "subset", "reuse_mode", "top_p", "seed"} == set(SETTINGS)
+    assert cell(seed=1) == cell()  # greedy decoding draws nothing
     names = [cell(**{key: value}).name for key, value in other.items()]
     names += [cell().name, cell(reuse_k=2, subset="last").name, cell(reuse_k=2, subset="1,2").name]
     names += [cell(reuse_k=2, reuse_mode="delta").name, cell(temperature=0.5, top_p=0.5).name]
+    names += [cell(temperature=0.5, seed=1).name]
     assert len(set(names)) == len(names)
     assert cell(threshold=0.8, limit=200).name == "tiny-toy-k1-threshold=0.8-limit=200"
     assert cell(label="a/b", reuse_k=2, subset="1,2").name == "a_b-toy-k2_layers1+2"

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from fastdllm.training.resume import check_same_config, locked, newest_complete
+from fastdllm.cli import to_yaml
+from fastdllm.training.resume import check_run, locked, newest_complete
 from fastdllm.training.run import run_folder, train
 
 META = '{{"step": {step}, "data_tokens": 1, "strategy": "auto", "world_size": 1, "is_last": false}}'
@@ -41,7 +42,7 @@ def test_fields_that_change_no_result_may_change(make_config):
     train(config)
     workers = dataclasses.replace(config.data, loader_workers=1)
     changed = dataclasses.replace(config, devices=2, log_every=7, keep_checkpoints=9, checkpoint_every=1, data=workers)
-    check_same_config(run_folder(config), changed)
+    check_run(run_folder(config), changed)
 
 
 def test_fresh_deletes_the_old_run(make_config):
@@ -65,5 +66,6 @@ def test_newest_checkpoints_are_kept_and_leftovers_go(make_config):
     checkpoints = run_folder(config) / "checkpoints"
     for name in ("step-000009.partial", "step-000001.old"):
         (checkpoints / name).mkdir(parents=True)
+    (run_folder(config) / "config.yaml").write_text(to_yaml(config))
     train(config)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000004.ckpt", "step-000005.ckpt"]

@@ -1,14 +1,17 @@
 """train(): learns, logs, exports, resumes exactly; every config file parses."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fastdllm.__main__ import main
 from fastdllm.checkpoint import load_checkpoint
-from fastdllm.cli import parse
+from fastdllm.cli import parse, to_yaml
 from fastdllm.objective import ObjectiveConfig
 from fastdllm.training.export import export_run, read_weights
 from fastdllm.training.resume import newest_complete
@@ -52,7 +55,7 @@ def test_export_has_the_trained_weights_and_remembers_the_run(make_config):
     torch.testing.assert_close(exported.qwen(tokens).logits, trained(tokens).logits)
     adaptation = exported.adaptation
     assert (adaptation.task, adaptation.block_size, adaptation.first_token) == ("gsm8k", 8, "clean")
-    assert (adaptation.context_attention, adaptation.base) == ("causal", config.checkpoint)
+    assert (adaptation.context_attention, adaptation.base) == ("causal", Path(config.checkpoint).name)
     assert adaptation.data_tokens == snapshot.data_tokens > 0
 
 
@@ -138,6 +141,7 @@ def test_deepspeed_checkpoint_refuses_another_number_of_processes(make_config):
     folder.mkdir(parents=True)
     meta = '{"step": 3, "data_tokens": 1, "strategy": "deepspeed_stage_2", "world_size": 2, "is_last": false}'
     (folder / "meta.json").write_text(meta)
+    (run_folder(config) / "config.yaml").write_text(to_yaml(config))
     with pytest.raises(REFUSALS, match="written by 2 processes"):
         train(config)
 
@@ -155,3 +159,50 @@ def test_config_file_parses(file):
     assert len(file.read_text().splitlines()) <= 50
     if file.stem.startswith("adapt_qwen"):
         assert config.max_steps * config.global_batch_size * config.data.sample_length == 1907 * 524_288
+
+
+def test_fresh_deletes_nothing_before_the_new_run_is_known_to_start(make_config):
+    config = make_config(max_steps=2)
+    train(config)
+    broken = dataclasses.replace(config, fresh=True, checkpoint="absent")
+    with pytest.raises(REFUSALS, match="absent"):
+        train(broken)
+    assert (run_folder(config) / "export" / "config.json").exists()
+    train(dataclasses.replace(config, fresh=True, seed=1))
+    assert "fresh: false" in (run_folder(config) / "config.yaml").read_text()  # a restart must not delete again
+
+
+def test_a_folder_that_is_no_run_is_never_touched(make_config):
+    config = make_config(fresh=True)
+    run_folder(config).mkdir(parents=True)
+    (run_folder(config) / "thesis.tex").touch()
+    with pytest.raises(REFUSALS, match="is no run folder"):
+        train(config)
+    assert (run_folder(config) / "thesis.tex").exists()
+
+
+def test_a_run_stopped_by_its_time_limit_goes_on_with_a_larger_one(make_config, capsys):
+    config = make_config(max_steps=4, max_minutes=1e-9)
+    train(config)
+    train(config)
+    assert "stopped at its time limit (1e-09 minutes) at step 1 of 4" in capsys.readouterr().out
+    train(dataclasses.replace(config, max_minutes=0.0))
+    assert newest_complete(run_folder(config) / "checkpoints").step == 4
+
+
+def test_commands_export_and_convert(make_config, tmp_path, monkeypatch, capsys):
+    config = make_config(max_steps=2)
+    folder = train(config)
+    before = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(sys, "argv", ["fastdllm", "export", "--run", str(run_folder(config))])
+    main()
+    assert (folder / "model.safetensors").read_bytes() == before
+    arguments = ["--source", str(folder), "--output", str(tmp_path / "copy")]
+    monkeypatch.setattr(sys, "argv", ["fastdllm", "convert", *arguments])
+    main()
+    assert load_file(tmp_path / "copy" / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+    monkeypatch.setattr(sys, "argv", ["fastdllm", "exprot"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "python -m fastdllm export --help" in capsys.readouterr().err
