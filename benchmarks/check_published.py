@@ -218,7 +218,7 @@ class Comparison:
             answer = self._answer(index, theirs[row].tolist(), cell)
             # whole blocks, neither shortest nor longest: nobody writes its first token, the place holds mask padding
             is_headless = lengths[row] % self.block_size == 0 and min(lengths) < lengths[row] < width
-            if (cell.use_block_cache or is_headless) and answer.tokens != alone[index].tokens:
+            if (row in trace.disturbed_rows or is_headless) and answer.tokens != alone[index].tokens:
                 self._leave_out(cell, 7)
             else:
                 self._judge(cell, index, ours[index], answer, trace, row)

@@ -35,6 +35,8 @@ class Trace:
     """(row, place) -> top-2 probability margin of the token that a prefill or commit gave."""
     mask_rows: set[int] = field(default_factory=set)
     """Rows where a decision changes once the mask token cannot be proposed, as in our engine (defect 4)."""
+    disturbed_rows: set[int] = field(default_factory=set)
+    """Rows whose sub-block cache was refreshed only because another row needed it (defect 7)."""
 
     def margin(self, row: int, place: int, block_size: int) -> float:
         """Return the smallest margin of the decisions of the place's block until it was decided; inf if it never was.
@@ -145,7 +147,11 @@ class Decoder:
     def _denoise(self, tokens: Tensor, offset: int, rows: list[int]) -> None:
         """One denoise forward over the last block of tokens [B, T], then one unmasking in place (3.2, 3.4)."""
         block, size = tokens[:, -self.block_size :], self.small_block_size
-        if not self.use_block_cache or not self.cache.own or (block[:, offset] == self.mask_id).any():
+        needs_refresh = block[:, offset] == self.mask_id  # [B]
+        if not self.use_block_cache or not self.cache.own or needs_refresh.any():
+            if self.use_block_cache and self.cache.own:  # a refresh that some rows would not have had alone
+                is_disturbed = ~needs_refresh & (block == self.mask_id).any(dim=1)
+                self.trace.disturbed_rows |= {rows[index] for index in is_disturbed.nonzero().flatten().tolist()}
             logits = self._shifted_logits(block, "full")[:, offset : offset + size]
         else:
             logits = self._shifted_logits(block[:, offset : offset + size], "sub", offset)

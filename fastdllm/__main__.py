@@ -40,7 +40,7 @@ def _convert(config: ConvertConfig) -> None:
     from fastdllm.checkpoint import load_checkpoint, save_checkpoint
 
     source = load_checkpoint(config.source, dtype=torch.bfloat16)
-    weights, qwen_config = source.qwen.state_dict(), source.qwen.config
+    weights, qwen_config = source.qwen.state_dict(), source.config
     save_checkpoint(
         config.output,
         weights,

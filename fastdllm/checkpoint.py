@@ -11,8 +11,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,10 @@ VOLATILE_KEYS = ("transformers_version", "_name_or_path")  # say nothing about t
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """A loaded model with all that is needed to run it; owns its tensors."""
+    """A model with all that is needed to run it. Its weights are read when first asked for, and then kept."""
 
-    qwen: Qwen2ForCausalLM
-    """Stock layers, in evaluation mode."""
+    config: Qwen2Config
+    """The shape of the model."""
     tokenizer: PreTrainedTokenizerFast
     """Knows the mask token and has a chat template."""
     mask_token_id: int
@@ -58,8 +59,18 @@ class Checkpoint:
     """None: a plain autoregressive checkpoint."""
     source: str
     """As the caller named it."""
-    digest: str
-    """16 hex digits over config and weight bytes."""
+    read_qwen: Callable[[], Qwen2ForCausalLM]
+    read_digest: Callable[[], str]
+
+    @cached_property
+    def qwen(self) -> Qwen2ForCausalLM:
+        """The stock layers, in evaluation mode."""
+        return self.read_qwen()
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits over config and weight bytes."""
+        return self.read_digest()
 
     def model(self) -> BlockDiffusionLM:
         """Return the block-diffusion model around `qwen`; a plain checkpoint attends causally, in blocks of 32."""
@@ -77,22 +88,36 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a hub id, a local HF folder or a local .gguf file (dequantised to dense weights).
 
+    Raises: what `open_checkpoint` does.
+        ValueError: weights that do not fit the config.
+    """
+    checkpoint = open_checkpoint(source, dtype=dtype, device=device)
+    assert checkpoint.qwen is not None  # read now, so that what is wrong with the weights is found here
+    return checkpoint
+
+
+def open_checkpoint(
+    source: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Checkpoint:
+    """Return a checkpoint whose config and tokenizer are read and whose weights are not, yet.
+
     Raises:
         FileNotFoundError: the source or one of its files is missing.
-        ValueError: another architecture, unsupported attention or RoPE, weights that do not fit the config, or a
-            tokenizer without chat template or without room for the mask token.
+        ValueError: another architecture, unsupported attention or RoPE, or a tokenizer without chat template or
+            without room for the mask token.
     """
     path = _local_path(source)
     if path.suffix == ".gguf":
         gguf = GgufFile(path)
         raw = gguf.config()
         config = Qwen2Config(**qwen_arguments(raw, source))
-        tokenizer, tensors, files = _tokenizer_from_parts(gguf.tokenizer_parts()), gguf.tensors(dtype), [path]
+        tokenizer, files = _tokenizer_from_parts(gguf.tokenizer_parts()), [path]
+        read_tensors = partial(gguf.tensors, dtype)
     else:
         raw = read_config(path)
         config = Qwen2Config(**qwen_arguments(raw, source))
         tokenizer, files = _load_tokenizer(path), _weight_files(path)
-        tensors = _read_tensors(files)
+        read_tensors = partial(_read_tensors, files)
     if not tokenizer.chat_template:
         raise ValueError(f"The tokenizer of {source} has no chat template; use the Instruct model's tokenizer files.")
     mask_token_id = add_mask_token(tokenizer, config.vocab_size)
@@ -102,12 +127,13 @@ def load_checkpoint(
             f"id {mask_token_id}; the two files do not belong together."
         )
     return Checkpoint(
-        qwen=_build_qwen(config, tensors, dtype, device, source),
+        config=config,
         tokenizer=tokenizer,
         mask_token_id=mask_token_id,
         adaptation=adaptation_of(raw, source),
         source=source,
-        digest=_digest(raw, files),
+        read_qwen=lambda: _build_qwen(config, read_tensors(), dtype, device, source),
+        read_digest=lambda: _digest(raw, files),
     )
 
 

@@ -113,8 +113,9 @@ def _check_files(arguments: list[str], fields: dict[str, dataclasses.Field]) -> 
         if not isinstance(content, dict):
             _refuse(f"{name} must hold `key: value` lines, got {type(content).__name__}.")
         for key, value in flatten(content).items():
-            is_empty_group = not value and any(field.startswith(f"{key}.") for field in fields)
-            if key not in fields and not is_empty_group:
+            if not value and any(field.startswith(f"{key}.") for field in fields):
+                _refuse(f"the section {key} in {name} is empty; give it keys, or take its line out.")
+            if key not in fields:
                 _refuse_unknown("key", key, list(fields), f" in {name}")
 
 

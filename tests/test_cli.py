@@ -105,7 +105,7 @@ def test_run_shows_our_messages_in_a_line_and_other_errors_whole(capsys):
 
 def test_a_flag_overrides_the_file_also_where_it_stands_before_it(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("max_steps: 3\ninner:\n")
+    path.write_text("max_steps: 3\n")
     assert cli.parse(Outer, ["--max_steps", "5", "--config", str(path)]).max_steps == 5
     assert cli.parse(Outer, ["--max_steps", "5", f"--config={path}", "--fresh"]) == Outer(max_steps=5, fresh=True)
 
@@ -116,3 +116,7 @@ def test_a_file_that_is_not_yaml_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.parse(Outer, ["--config", str(path)])
     assert f"{path} is not YAML" in capsys.readouterr().err
+    path.write_text("max_steps: 3\ninner:\n")
+    with pytest.raises(SystemExit):
+        cli.parse(Outer, ["--config", str(path)])
+    assert "the section inner" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastdllm.cli import parse
+from fastdllm.cli import run
 from fastdllm.data.fresh import fresh_checkpoint, train_tokenizer
 from fastdllm.data.stories import (
     CONTAINERS,
@@ -261,4 +261,4 @@ def _tokenizer_corpus(seed: int) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    write_problems(parse(ProblemsConfig))
+    run(ProblemsConfig, write_problems)

@@ -1,5 +1,6 @@
 """Show what training sees: the first samples with their documents, blocks, labels and both noised views."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +9,14 @@ from rich.rule import Rule
 from rich.text import Text
 from torch import Tensor
 
-from fastdllm.checkpoint import load_checkpoint
-from fastdllm.cli import parse
+from fastdllm.checkpoint import open_checkpoint
+from fastdllm.cli import run
 from fastdllm.data.datamodule import AdaptDataModule, DataConfig, TrainingSamples
 from fastdllm.objective import ObjectiveConfig, complementary_views
 from fastdllm.training.run import TrainConfig
 
 STYLES = {"prompt": "dim", "response": "green", "masked": "black on red", "padding": "blue", "block": "yellow"}
+ROWS_READ = 2_000
 MASKED, PADDING, NEWLINE, BLOCK = "▒", "·", "⏎\n", "│"
 
 
@@ -33,9 +35,16 @@ class InspectConfig(TrainConfig):
 
 def main(arguments: list[str]) -> None:
     """Run the command line: a training config, and `--rows`."""
-    config = parse(InspectConfig, arguments)
-    source = load_checkpoint(config.checkpoint)
-    inspect_data(config.data, config.objective, config.seed, source.tokenizer, source.mask_token_id, rows=config.rows)
+    run(InspectConfig, _inspect, arguments)
+
+
+def _inspect(config: InspectConfig) -> None:
+    data = config.data
+    if data.limit == 0 or data.limit > ROWS_READ:
+        print(f"reading the first {ROWS_READ:,} rows only; training draws its samples from all")
+        data = dataclasses.replace(data, limit=ROWS_READ)
+    source = open_checkpoint(config.checkpoint)  # reads the tokenizer, no weights
+    inspect_data(data, config.objective, config.seed, source.tokenizer, source.mask_token_id, rows=config.rows)
 
 
 def inspect_data(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdllm.cli import parse
+from fastdllm.cli import parse, run
 from fastdllm.data.problems import ProblemsConfig, write_problems
 from fastdllm.evaluation.plots import draw_accuracy
 from fastdllm.evaluation.results import Row, print_table
@@ -76,4 +76,4 @@ def _measure(config: DemoConfig) -> Callable[..., list[Row]]:
 
 
 if __name__ == "__main__":
-    run_demo(parse(DemoConfig))
+    run(DemoConfig, run_demo)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fastdllm.checkpoint import Checkpoint, load_checkpoint
+from fastdllm.checkpoint import Checkpoint, open_checkpoint
 from fastdllm.cli import to_dict
 from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.decoding.reuse import layer_subset
@@ -134,8 +134,7 @@ def run_missing(config: EvaluateConfig) -> list[Row]:
     source = source_of(config)
     device = pick_device(config.device)
     dtype = harness.pick_dtype(config.dtype, device)
-    is_only_asking = config.status or config.dry_run
-    checkpoint = load_checkpoint(source, dtype=dtype, device="cpu" if is_only_asking else device)
+    checkpoint = open_checkpoint(source, dtype=dtype, device=device)  # asking what is there reads no weights
     settings = resolve_settings(config, checkpoint)
     folder = run_folder(config.run, source)
     if not config.checkpoint:
@@ -235,8 +234,8 @@ def resolve_settings(config: EvaluateConfig, checkpoint: Checkpoint) -> sweep.Se
             "mode": mode,
             "policy": "threshold",
             "device": pick_device(config.device).type,
-            "dtype": str(checkpoint.qwen.dtype).removeprefix("torch."),
-            "subset": canonical_subset(config.subset, checkpoint.qwen.config.num_hidden_layers),
+            "dtype": str(harness.pick_dtype(config.dtype, pick_device(config.device))).removeprefix("torch."),
+            "subset": canonical_subset(config.subset, checkpoint.config.num_hidden_layers),
         }
     )
 

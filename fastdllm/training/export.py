@@ -70,9 +70,7 @@ def write_export(
         )
     weights = read_weights(snapshot)
     folder = run / EXPORT_FOLDER
-    save_checkpoint(
-        folder, weights, source.qwen.config, source.tokenizer, source.mask_token_id, adaptation, dtype=dtype
-    )
+    save_checkpoint(folder, weights, source.config, source.tokenizer, source.mask_token_id, adaptation, dtype=dtype)
     write_text(run / EXPORTED_FILE, f"{snapshot.step}\n")
     print(f"exported step {snapshot.step} to {folder}", flush=True)
     return folder
