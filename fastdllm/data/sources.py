@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 ROLES = ("system", "user", "assistant", "tool")
 FORMAT_VERSION = 1  # raise it when the same source would give other tokens or labels
+ROWS_CHECKED = 20  # of local files, before weights are loaded
 READ_BYTES = 2**20
 
 
@@ -71,7 +73,7 @@ class MalformedRow(ValueError):
 
 
 def check_source(config: SourceConfig) -> None:
-    """Make sure that the data can be reached, without reading it.
+    """Make sure that the data can be reached and, of local files, that the first rows can be read.
 
     Raises:
         FileNotFoundError, ValueError: what is missing, and what to do.
@@ -90,6 +92,20 @@ def _check_files(config: SourceConfig) -> None:
             raise FileNotFoundError(
                 f"data.path: no file {path} (looked from {Path.cwd()}); give an existing .jsonl or .jsonl.gz file, "
                 "or a hub dataset id."
+            )
+    problems = []
+    for place, row in islice(_file_lines(config.files), ROWS_CHECKED):
+        try:
+            parse_row(row, config)
+            break
+        except MalformedRow as problem:
+            problems.append(f"{place}: {problem}")
+    else:
+        if problems:
+            raise ValueError(
+                f"data.path: none of the first {len(problems)} rows of {config.path} is usable; the first: "
+                f"{problems[0]}. data.messages_column, data.prompt_column, data.response_column and "
+                "data.system_column name the columns."
             )
     if config.subset:
         raise ValueError(f"data.subset is for hub datasets, got {config.subset!r} beside local files; leave it empty.")

@@ -177,7 +177,10 @@ def train(config: TrainConfig) -> Path | None:
         is_done = snapshot is not None and _is_done(config, snapshot)
         if is_done and exported_step(run) == snapshot.step:
             return run / EXPORT_FOLDER
-        _check(config, setup, snapshot, is_first)
+        if snapshot is not None:
+            check_world_size(snapshot, setup.strategy, setup.world_size)
+        if is_first:
+            preflight(config, setup)
         source = load_checkpoint(config.checkpoint)
         if is_first:
             _open_run(config)
@@ -243,13 +246,6 @@ def resolve(config: TrainConfig) -> Setup:
         precision_reason=reason if config.precision == "auto" else "as configured",
         accumulate=config.global_batch_size // micro_step,
     )
-
-
-def _check(config: TrainConfig, setup: Setup, snapshot: Snapshot | None, is_first: bool) -> None:
-    if snapshot is not None:
-        check_world_size(snapshot, setup.strategy, setup.world_size)
-    if is_first:
-        preflight(config, setup)
 
 
 def _open_run(config: TrainConfig) -> None:

@@ -185,3 +185,10 @@ def test_the_prompt_template_wraps_the_first_user_turn_only():
     assert [turn["content"] for turn in parse_row(row, config)] == ["Question: a\nAnswer:", "b", "c", "d"]
     with pytest.raises(ValueError, match="must contain"):
         SourceConfig(prompt_template="Question:")
+
+
+def test_rows_that_fit_no_column_are_found_before_anything_is_loaded(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"question": "p", "answer": "r"}] * 3)
+    with pytest.raises(ValueError, match="none of the first 3 rows .*'prompt'.*data.prompt_column"):
+        check_source(SourceConfig(path=path))
+    check_source(SourceConfig(path=path, prompt_column="question", response_column="answer"))
