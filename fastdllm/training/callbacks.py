@@ -1,6 +1,7 @@
 """What a run reports: one line and the TensorBoard values, validation, decoded text; and its time limit."""
 
 import math
+import resource
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -9,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 
 from fastdllm.decoding.engine import Engine
 from fastdllm.decoding.rows import Completion, Request
-from fastdllm.runtime import peak_flops
+from fastdllm.runtime import device_name, peak_flops
 from fastdllm.training.clock import Clock
 from fastdllm.training.module import AdaptModule, Meter, add_over_processes, learning_rate_factor
 from fastdllm.training.strategies import deepspeed_gradient_norm
@@ -28,6 +29,8 @@ class Progress(Callback):
     def on_train_start(self, trainer: Trainer, module: AdaptModule) -> None:
         self.clock.start()
         self.first_step = self.reported_step = trainer.global_step
+        if trainer.is_global_zero and peak_flops(module.device) is None:
+            print(f"no MFU is logged: the peak of {device_name(module.device)} is not known", flush=True)
 
     def on_train_batch_end(self, trainer: Trainer, module: AdaptModule, outputs, batch, batch_idx: int) -> None:
         step = trainer.global_step
@@ -65,9 +68,11 @@ class Progress(Callback):
         device = module.device
         if device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-            peak = peak_flops(device)
-            if peak is not None:
-                values["throughput/mfu"] = operations / spent / (peak * trainer.world_size)
+        else:
+            values["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # counted in KiB
+        peak = peak_flops(device)
+        if peak is not None:
+            values["throughput/mfu"] = operations / spent / (peak * trainer.world_size)
         return values
 
     def _line(self, step: int, max_steps: int, values: dict[str, float]) -> str:
