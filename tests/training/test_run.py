@@ -107,7 +107,7 @@ def test_killed_run_resumes_bit_for_bit(make_config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_stage_2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
 def test_two_processes_train_save_resume_and_export_like_one(make_config, strategy):
     one, two = make_config(name="one"), make_config(name="two", devices=2, strategy=strategy)
     train(one)
