@@ -1,7 +1,7 @@
 """What a run needs, checked before any weights are loaded: data, source model and memory."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastdllm.training.strategies import StrategyName
 
@@ -48,7 +48,7 @@ class MemoryPlan:
 
     def changed(self, **changes) -> "MemoryPlan":
         """Return the plan with other values."""
-        return MemoryPlan(**{**self.__dict__, **changes})
+        return replace(self, **changes)
 
 
 def check_memory(plan: MemoryPlan, free_bytes: int, device: str) -> None:
@@ -62,6 +62,17 @@ def check_memory(plan: MemoryPlan, free_bytes: int, device: str) -> None:
         f"and {device} has {free_bytes / GIB:.1f} GiB free. "
         + (f"This would fit: {fitting}." if fitting else "Nothing tried would fit: use a smaller model.")
     )
+
+
+def check_host_memory(num_parameters: int, num_processes: int, free_bytes: int) -> None:
+    """Raise a ValueError if the processes of a machine cannot all hold the float32 weights that each of them reads."""
+    needed = 4 * num_parameters * num_processes
+    if needed > free_bytes:
+        raise ValueError(
+            f"Each of the {num_processes} processes here reads {num_parameters / 1e9:.2f}B float32 weights into "
+            f"main memory: {needed / GIB:.0f} GiB in all, and {free_bytes / GIB:.0f} GiB are free. Use at most "
+            f"{free_bytes // (4 * num_parameters)} devices on a machine, or one with more memory."
+        )
 
 
 def _what_fits(plan: MemoryPlan, free_bytes: int) -> str:

@@ -29,7 +29,7 @@ from fastdllm.training.callbacks import Progress, TextSamples, TimeLimit
 from fastdllm.training.clock import Clock
 from fastdllm.training.export import EXPORT_FOLDER, exported_step, write_export
 from fastdllm.training.module import AdaptModule, OptimizerConfig
-from fastdllm.training.preflight import MemoryPlan, check_memory
+from fastdllm.training.preflight import MemoryPlan, check_host_memory, check_memory
 from fastdllm.training.resume import (
     CONFIG_FILE,
     SaveCheckpoints,
@@ -284,6 +284,7 @@ def preflight(config: TrainConfig, setup: Setup) -> None:
     )
     shared_by = 1 if device.type == "cuda" else setup.devices  # processes on a CPU share its memory
     check_memory(plan, memory_bytes(device) // shared_by, device_name(device))
+    check_host_memory(num_parameters, setup.devices, memory_bytes(torch.device("cpu")))
     print(
         f"{run_folder(config)}: {num_parameters / 1e6:,.1f}M parameters of {config.checkpoint} on {setup.world_size} x "
         f"{device_name(device)}, strategy {setup.strategy}, about {plan.num_bytes / 2**30:.1f} GiB a device\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastdllm.training.preflight import GIB, MemoryPlan, check_memory
+from fastdllm.training.preflight import GIB, MemoryPlan, check_host_memory, check_memory
 
 PLAN = MemoryPlan(
     num_parameters=1_543_714_304,
@@ -36,3 +36,9 @@ def test_refusal_names_a_micro_batch_that_fits():
 def test_refusal_names_sharding_where_no_micro_batch_fits():
     with pytest.raises(ValueError, match=r"--strategy deepspeed_stage_2 --micro_batch_size 1 on 4 devices"):
         check_memory(PLAN.changed(num_parameters=7_615_616_512), 70 * GIB, "a device")
+
+
+def test_main_memory_must_hold_the_weights_of_every_process():
+    check_host_memory(7_615_616_512, 8, 256 * GIB)
+    with pytest.raises(ValueError, match=r"227 GiB in all, and 128 GiB are free. Use at most 4 devices"):
+        check_host_memory(7_615_616_512, 8, 128 * GIB)
