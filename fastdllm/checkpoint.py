@@ -137,11 +137,6 @@ def open_checkpoint(
     )
 
 
-def read_adaptation(folder: str | Path) -> Adaptation | None:
-    """Return what the checkpoint in `folder` remembers; None for a plain autoregressive one."""
-    return adaptation_of(read_config(folder), str(folder))
-
-
 def checkpoint_size(source: str) -> int:
     """Return the number of parameters without loading weights; a tied embedding counts once."""
     path = _local_path(source, config_only=True)

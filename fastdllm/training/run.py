@@ -266,12 +266,9 @@ def preflight(config: TrainConfig, setup: Setup) -> None:
     check_source(config.data)
     if config.data.validation_path:
         check_source(config.data.validation_source)
-    device = pick_device(setup.accelerator)
-    if device.type == "cuda" and config.data.sample_length % FLEX_TILE:
-        raise ValueError(
-            f"data.sample_length must be a multiple of {FLEX_TILE} on a GPU (FlexAttention's tile), got "
-            f"{config.data.sample_length}."
-        )
+    device, length = pick_device(setup.accelerator), config.data.sample_length
+    if device.type == "cuda" and length % FLEX_TILE:
+        raise ValueError(f"data.sample_length must be a multiple of {FLEX_TILE} (FlexAttention's tile), got {length}.")
     num_parameters = checkpoint_size(config.checkpoint)
     plan = MemoryPlan(
         num_parameters=num_parameters,
@@ -282,8 +279,8 @@ def preflight(config: TrainConfig, setup: Setup) -> None:
         rows_per_sample=config.data.sample_length * (1 if config.objective.kind == "autoregressive" else 3),
         is_cuda=device.type == "cuda",
     )
-    shared_by = 1 if device.type == "cuda" else setup.devices  # processes on a CPU share its memory
-    check_memory(plan, memory_bytes(device) // shared_by, device_name(device))
+    free = memory_bytes(device) // (1 if device.type == "cuda" else setup.devices)  # CPU processes share it
+    check_memory(plan, free, device_name(device))
     check_host_memory(num_parameters, setup.devices, memory_bytes(torch.device("cpu")))
     print(
         f"{run_folder(config)}: {num_parameters / 1e6:,.1f}M parameters of {config.checkpoint} on {setup.world_size} x "
