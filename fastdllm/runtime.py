@@ -90,11 +90,11 @@ def memory_bytes(device: torch.device) -> int:
 def code_revision() -> tuple[str, bool]:
     """Return the commit of this source tree and whether tracked files differ from it.
 
-    A tree that was copied without its git folder may name its commit in a file `.revision` ("<commit> dirty" if it
-    differs); without either the commit is "unknown".
+    A copied tree may name its commit in a file `.revision` ("<commit> dirty" if it differs), which is believed before
+    git, because a copy's git folder can be older than its files; without either the commit is "unknown".
     """
     root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists() and (root / REVISION_FILE).is_file():
+    if (root / REVISION_FILE).is_file():
         named, *differs = (root / REVISION_FILE).read_text().split()
         return named, bool(differs)
     commit = _git(root, "rev-parse", "HEAD")
