@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastdllm.cli import run
 
@@ -22,6 +23,16 @@ class ConvertConfig:
     """Hub id, HF folder or .gguf file of the Qwen2.5 family."""
     output: str
     """Folder to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvesConfig:
+    """Draw the training curves of runs, from TensorBoard's events, into a PNG."""
+
+    runs: list[str]
+    """Run folders, such as [runs/demo, runs/tiny_full]."""
+    output: str
+    """PNG to write."""
 
 
 def export(arguments: list[str]) -> None:
@@ -53,13 +64,23 @@ def _convert(config: ConvertConfig) -> None:
     print(f"{config.source} is now the HF folder {config.output}")
 
 
+def curves(arguments: list[str]) -> None:
+    from fastdllm.evaluation.plots import draw_curves
+
+    run(
+        CurvesConfig,
+        lambda config: print(draw_curves({Path(f).name: f for f in config.runs}, config.output)),
+        arguments,
+    )
+
+
 def inspect_data(arguments: list[str]) -> None:
     from fastdllm.demo.inspect_data import main
 
     main(arguments)
 
 
-COMMANDS = {"export": export, "convert": convert, "inspect-data": inspect_data}
+COMMANDS = {"export": export, "convert": convert, "curves": curves, "inspect-data": inspect_data}
 
 
 def main() -> None:

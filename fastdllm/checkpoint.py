@@ -62,6 +62,11 @@ class Checkpoint:
     read_qwen: Callable[[], Qwen2ForCausalLM]
     read_digest: Callable[[], str]
 
+    @property
+    def portable_source(self) -> str:
+        """`source` as others may read it: of an absolute path the last part alone."""
+        return Path(self.source).name if Path(self.source).is_absolute() else self.source
+
     @cached_property
     def qwen(self) -> Qwen2ForCausalLM:
         """The stock layers, in evaluation mode."""

@@ -39,10 +39,10 @@ def test_the_autoregressive_model_answers_new_numbers_and_new_forms():
 
 
 @pytest.mark.slow
-def test_the_adapted_model_is_as_good_as_its_row_says():
-    (path,) = (DATA / "tiny-adapted" / "rows").glob("tiny-adapted-tiny_problems-k1-device*.json")
-    row = json.loads(path.read_text())
+def test_the_adapted_model_keeps_the_accuracy_in_a_fraction_of_the_passes():
     accuracy, tokens_per_forward = answers("tiny-adapted", "diffusion", threshold=0.9)
-    spread = 3 * (row["accuracy"] * (1 - row["accuracy"]) / len(PROBLEMS)) ** 0.5
-    assert abs(accuracy - row["accuracy"]) <= spread
-    assert abs(tokens_per_forward - row["tokens_per_forward"]) <= 0.5 and tokens_per_forward >= 2
+    assert accuracy >= 0.9 and tokens_per_forward >= 2
+    (path,) = (DATA / "tiny-adapted" / "rows").glob("tiny-adapted-tiny_problems-k1-device*.json")
+    row = json.loads(path.read_text())  # of all 200 problems; these are the first 40
+    assert abs(accuracy - row["accuracy"]) <= 0.1
+    assert abs(tokens_per_forward - row["tokens_per_forward"]) <= 0.5

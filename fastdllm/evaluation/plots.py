@@ -1,6 +1,6 @@
-"""Rows to figures: accuracy against tokens per forward and per second; and the training mask from its predicate."""
+"""Rows to figures: accuracy against tokens per forward and per second; training curves; the training mask."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,11 @@ from fastdllm.masks import CLEAN, dense_attention_mask, training_attention, trai
 AXES = (
     ("tokens_per_forward", "tokens per forward pass (tokens)"),
     ("tokens_per_second", "throughput (tokens/s)"),
+)
+CURVES = (
+    ("train/loss", "loss (nats per masked token)"),
+    ("train/masked_accuracy", "masked accuracy"),
+    ("throughput/tokens_per_second", "throughput (data tokens/s)"),
 )
 SUBSET_MARKERS = {"first": "^", "middle": "s", "last": "v"}
 
@@ -73,6 +78,52 @@ def _short(row: Row) -> str:
 def _marker(row: Row) -> str:
     """Return the marker of a row: by subset where layers are reused, a diamond for one token per pass, else a disc."""
     return SUBSET_MARKERS.get(row["subset"], "D" if row["threshold"] == 1.0 else "o")
+
+
+def draw_curves(runs: Mapping[str, str | Path], path: str | Path) -> Path:
+    """Draw loss, masked accuracy and throughput of training runs, by label, against document tokens into a PNG.
+
+    Args:
+        runs: label -> run folder, or a folder with TensorBoard's event file.
+    Raises:
+        FileNotFoundError: a folder without events.
+    """
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(CURVES))
+    for label, folder in runs.items():
+        scalars = read_scalars(folder)
+        tokens = dict(scalars["data/tokens"])
+        for axes, (tag, _) in zip(panels, CURVES, strict=True):
+            points = [(tokens[step] / 1e6, value) for step, value in scalars.get(tag, []) if step in tokens]
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
+    for axes, (_, name) in zip(panels, CURVES, strict=True):
+        axes.set(xlabel="document tokens (millions)", ylabel=name)
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=7)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Return TensorBoard's scalars of a run as tag -> (optimizer step, value) in the order of steps.
+
+    Raises:
+        FileNotFoundError: no event file is below `folder`.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    files = sorted(Path(folder).rglob("events.out.tfevents*"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no TensorBoard events; give a run folder such as runs/demo.")
+    scalars: dict[str, dict[int, float]] = {}
+    for file in files:  # one file for each start of the run: what a later start repeats replaces the earlier value
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            scalars.setdefault(tag, {}).update((event.step, event.value) for event in events.Scalars(tag))
+    return {tag: sorted(values.items()) for tag, values in scalars.items()}
 
 
 def draw_attention_mask(path: str | Path, *, length: int = 16, block_size: int = 4) -> Path:

@@ -277,7 +277,7 @@ def measure(
         **dataclasses.asdict(counts),
         **ratios(counts),
         cell=cell.name,
-        model=checkpoint.source,
+        model=checkpoint.portable_source,
         checkpoint_hash=checkpoint.digest,
         data_tokens=(checkpoint.adaptation.data_tokens or None) if checkpoint.adaptation else None,  # 0: not recorded
         metric=result.metric,

@@ -65,7 +65,7 @@ def write_export(
             threshold=decode.threshold,
             sub_block_size=decode.sub_block_size,
             data_tokens=snapshot.data_tokens,
-            base=Path(source.source).name if Path(source.source).is_absolute() else source.source,
+            base=source.portable_source,
             revision=code_revision()[0],
         )
     weights = read_weights(snapshot)
