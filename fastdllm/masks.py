@@ -15,6 +15,7 @@ ContextAttention = Literal["block", "causal"]
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, query, key) indices -> bool
 
 CLEAN, VIEW_A, VIEW_B = 0, 1, 2
+EMPTY = -1
 FLEX_TILE = 128
 
 
@@ -24,7 +25,7 @@ class Rows(NamedTuple):
     half: Tensor
     """CLEAN, VIEW_A or VIEW_B."""
     document: Tensor
-    """1, 2, ... inside the sample; 0 for the padding at its end."""
+    """1, 2, ... inside the sample; 0 for the padding at its end; EMPTY for a row that holds nothing."""
     position: Tensor
     """Position inside the document; the rotary angle, and the block as position // block_size."""
 
@@ -47,8 +48,10 @@ def clean_rows(document: Tensor, position: Tensor) -> Rows:
     return Rows(torch.full_like(document, CLEAN), document, position)
 
 
-def training_attention(rows: Rows, block_size: int, context_attention: ContextAttention) -> Predicate:
-    """Return the predicate of the training rows.
+def training_attention(
+    rows: Rows, block_size: int, context_attention: ContextAttention, queries: Rows | None = None
+) -> Predicate:
+    """Return the predicate by which `queries` (all rows, if None) attend to the training rows.
 
     A noised row attends to its own block in its own view, in both directions, and to the clean rows of strictly earlier
     blocks. A clean row attends to clean rows: of its own and earlier blocks ("block"), or at its own and earlier
@@ -56,29 +59,33 @@ def training_attention(rows: Rows, block_size: int, context_attention: ContextAt
     Source: Fast-dLLM v2, whose mask has one view beside each clean half; here both views share one.
     """
     half, document, position = rows
+    query_half, query_document, query_position = queries or rows
     clean_unit = block_size if context_attention == "block" else 1
 
     def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         is_key_clean = half[batch, key] == CLEAN
-        is_query_clean = half[batch, query] == CLEAN
-        is_same_document = document[batch, query] == document[batch, key]
-        at_query, at_key = position[batch, query], position[batch, key]
+        is_query_clean = query_half[batch, query] == CLEAN
+        is_same_document = query_document[batch, query] == document[batch, key]
+        at_query, at_key = query_position[batch, query], position[batch, key]
         is_earlier_block = at_key // block_size < at_query // block_size
         is_own_block = at_key // block_size == at_query // block_size
         from_clean = is_query_clean & is_key_clean & (at_key // clean_unit <= at_query // clean_unit)
         from_noised = ~is_query_clean & is_key_clean & is_earlier_block
-        inside_view = ~is_query_clean & (half[batch, key] == half[batch, query]) & is_own_block
+        inside_view = ~is_query_clean & (half[batch, key] == query_half[batch, query]) & is_own_block
         return is_same_document & (from_clean | from_noised | inside_view)
 
     return allowed
 
 
-def dense_attention_mask(predicate: Predicate, batch_size: int, num_rows: int, device: torch.device) -> Tensor:
-    """Return the predicate as [B, 1, R, R] bool: the form for SDPA and for reading."""
-    rows = torch.arange(num_rows, device=device)
+def dense_attention_mask(
+    predicate: Predicate, batch_size: int, num_keys: int, device: torch.device, num_queries: int | None = None
+) -> Tensor:
+    """Return the predicate as [B, 1, T, S] bool: the form for SDPA and for reading; as many queries as keys if None."""
+    keys = torch.arange(num_keys, device=device)
+    queries = keys if num_queries is None else torch.arange(num_queries, device=device)
     batch = torch.arange(batch_size, device=device).view(-1, 1, 1, 1)
     head = torch.zeros((), dtype=torch.int64, device=device)
-    return predicate(batch, head, rows.view(1, 1, -1, 1), rows.view(1, 1, 1, -1))
+    return predicate(batch, head, queries.view(1, 1, -1, 1), keys.view(1, 1, 1, -1))
 
 
 class BlockMaskBuilder:
@@ -86,37 +93,76 @@ class BlockMaskBuilder:
 
     The predicate reads buffers that every batch overwrites, so a compiled kernel meets the same function and the same
     tensors at each step and is compiled once. A batch's mask is valid until the next one is built.
+
+    Which tiles hold an allowed pair is decided for whole blocks of keys, whose rows are all seen or all unseen but for
+    the own block of a token-causal clean row; so a mask costs R / block_size as much as a look at every pair.
     """
 
-    def __init__(self, rows: Rows, block_size: int, context_attention: ContextAttention):
-        num_rows = rows.position.shape[1]
-        if num_rows % FLEX_TILE:
-            raise ValueError(
-                f"FlexAttention needs a multiple of {FLEX_TILE} rows, got {num_rows}; use a sample_length that is one."
-            )
-        self.buffers = Rows(*(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in rows))
-        self.predicate = training_attention(self.buffers, block_size, context_attention)
+    def __init__(
+        self,
+        batch_size: int,
+        num_queries: int,
+        num_rows: int,
+        block_size: int,
+        context_attention: ContextAttention,
+        device: torch.device,
+    ):
+        for name, number in (("rows", num_rows), ("queries", num_queries)):
+            if number % FLEX_TILE:
+                raise ValueError(
+                    f"FlexAttention needs a multiple of {FLEX_TILE} {name}, got {number}; use a sample_length that is "
+                    "one."
+                )
+        self.block_size, self.context_attention = block_size, context_attention
+        self.rows = _empty_rows(batch_size, num_rows, device)
+        self.queries = self.rows if num_queries == num_rows else _empty_rows(batch_size, num_queries, device)
+        self.predicate = training_attention(self.rows, block_size, context_attention, self.queries)
 
-    def fits(self, rows: Rows) -> bool:
-        """Return whether `rows` have this builder's shape and device."""
-        own = self.buffers.position
-        return rows.position.shape == own.shape and rows.position.device == own.device
+    def build(self, rows: Rows, queries: Rows | None = None) -> BlockMask:
+        """Return the BlockMask of `queries` [B, T] (all rows, if None) on `rows` [B, R], which are whole blocks.
 
-    def build(self, rows: Rows) -> BlockMask:
-        """Return the BlockMask of `rows`: tiles with no allowed pair are left out, full ones need no predicate."""
-        for buffer, tensor in zip(self.buffers, rows, strict=True):
-            buffer.copy_(tensor)
-        batch_size, num_rows = rows.position.shape
-        dense = dense_attention_mask(self.predicate, batch_size, num_rows, rows.position.device)
-        tiles = dense.view(batch_size, 1, num_rows // FLEX_TILE, FLEX_TILE, num_rows // FLEX_TILE, FLEX_TILE)
-        is_full, is_used = tiles.all(5).all(3), tiles.any(5).any(3)  # [B, 1, R / 128, R / 128]
+        Tiles without an allowed pair are left out; in full ones the predicate is not asked.
+        """
+        for buffers, values in ((self.rows, rows), (self.queries, queries or rows)):
+            for buffer, tensor in zip(buffers, values, strict=True):
+                buffer.copy_(tensor)
+        is_used, is_full = self._tiles()
         return BlockMask.from_kv_blocks(
             *_tile_lists(is_used & ~is_full),
             *_tile_lists(is_full),
             BLOCK_SIZE=FLEX_TILE,
             mask_mod=self.predicate,
-            seq_lengths=(num_rows, num_rows),
+            seq_lengths=(self.queries.position.shape[1], self.rows.position.shape[1]),
         )
+
+    def _tiles(self) -> tuple[Tensor, Tensor]:
+        """Return which tiles hold an allowed pair, and which hold nothing else, [B, 1, T / 128, R / 128] bool."""
+        blocks = Rows(*(tensor[:, :: self.block_size] for tensor in self.rows))
+        # queries that are whole rows come in blocks as well, chosen ones one by one
+        stride = self.block_size if self.queries is self.rows else 1
+        queries = Rows(*(tensor[:, ::stride] for tensor in self.queries))
+        batch_size, num_blocks = blocks.position.shape
+        num_queries = queries.position.shape[1]
+        seen = dense_attention_mask(
+            training_attention(blocks, self.block_size, "block", queries),
+            batch_size,
+            num_blocks,
+            blocks.position.device,
+            num_queries,
+        )
+        seen_whole = seen
+        if self.context_attention == "causal":
+            is_clean_pair = (queries.half == CLEAN)[:, None, :, None] & (blocks.half == CLEAN)[:, None, None, :]
+            unit = (tensor.position // self.block_size for tensor in (queries, blocks))
+            at_query, at_key = unit
+            seen_whole = seen & ~(is_clean_pair & (at_query[:, None, :, None] == at_key[:, None, None, :]))
+        per_tile = (FLEX_TILE // stride, FLEX_TILE // self.block_size)
+        shape = (batch_size, 1, num_queries // per_tile[0], per_tile[0], num_blocks // per_tile[1], per_tile[1])
+        return seen.view(shape).any(5).any(3), seen_whole.view(shape).all(5).all(3)
+
+
+def _empty_rows(batch_size: int, num_rows: int, device: torch.device) -> Rows:
+    return Rows(*(torch.zeros(batch_size, num_rows, dtype=torch.int64, device=device) for _ in Rows._fields))
 
 
 def _tile_lists(is_listed: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,12 +187,13 @@ def decode_attention_mask(
 
 
 def count_attention_pairs(rows: Rows, block_size: int, context_attention: ContextAttention) -> Tensor:
-    """Return how many (query, key) pairs `training_attention` allows for whole, block-aligned documents, int64 [].
+    """Return how many keys each row attends to under `training_attention`, int64 [B, R].
 
     A clean row at position p in block k sees (k + 1) blocks ("block") or p + 1 keys ("causal"); a noised one (k + 1)
-    blocks: k clean ones and its own. Documents are padded to whole blocks, so no block is cut short.
+    blocks: k clean ones and its own. Documents are padded to whole blocks, so no block is cut short. Empty rows see
+    their own block.
     """
     blocks_seen = (rows.position // block_size + 1) * block_size
-    is_clean = rows.half == CLEAN
     seen_by_clean = blocks_seen if context_attention == "block" else rows.position + 1
-    return torch.where(is_clean, seen_by_clean, blocks_seen).sum()
+    seen_by_noised = torch.where(rows.document == EMPTY, block_size, blocks_seen)
+    return torch.where(rows.half == CLEAN, seen_by_clean, seen_by_noised)

@@ -3,13 +3,17 @@
 No modelling file is copied: transformers' Qwen2 layers take our attention mask and any cache with `update`.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from functools import cache
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, rotate_half
 
 from fastdllm.masks import ContextAttention
 
@@ -33,6 +37,15 @@ class LayerReuse(Protocol):
         """Keep what is needed of a layer that has just run; both are [B, T, C]."""
 
 
+class ChosenRows(NamedTuple):
+    """The rows whose final hidden states are wanted."""
+
+    index: Tensor
+    """[B, T] int64 into the rows of the pass."""
+    attention_mask: Tensor | BlockMask
+    """What they attend to: [B, 1, T, S] bool or BlockMask."""
+
+
 class BlockDiffusionLM(nn.Module):
     """Owns a Qwen2ForCausalLM and runs it layer by layer, always with an explicit attention mask and positions."""
 
@@ -50,6 +63,7 @@ class BlockDiffusionLM(nn.Module):
         self.mask_token_id = mask_token_id
         self.context_attention = context_attention
         self.num_layers = qwen.config.num_hidden_layers
+        self.run_layer, self.run_last_layer = run_layer, run_last_layer  # training may put compiled forms here
         self.layer_calls = 0  # layers really run since construction; reuse that skips nothing would show here
         AttentionInterface.register(ATTENTION_NAME, _attention)
         qwen.set_attn_implementation(ATTENTION_NAME)
@@ -69,12 +83,14 @@ class BlockDiffusionLM(nn.Module):
         attention_mask: Tensor | BlockMask,
         cache: Cache | None = None,
         reuse: LayerReuse | None = None,
+        chosen: ChosenRows | None = None,
     ) -> Tensor:
-        """Return the hidden states after the final norm, [B, T, C].
+        """Return the hidden states after the final norm, [B, T, C]; of the chosen rows alone, if there are any.
 
         Args:
             tokens: [B, T] int64; positions: [B, T] int64, positions for the rotary angles.
             attention_mask: [B, 1, T, S] bool or BlockMask; never None.
+            chosen: the last layer then gives the other rows keys and values and nothing else.
         """
         backbone = self.qwen.model
         hidden = backbone.embed_tokens(tokens)
@@ -87,7 +103,10 @@ class BlockDiffusionLM(nn.Module):
                 hidden = recalled
                 continue
             before = hidden
-            hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=cache)
+            if chosen is not None and index == self.num_layers - 1:
+                hidden = self.run_last_layer(layer, hidden, rotary, chosen)
+            else:
+                hidden = self.run_layer(layer, hidden, attention_mask, rotary, cache)
             self.layer_calls += 1
             if reuse is not None:
                 reuse.store(index, before, hidden)
@@ -100,6 +119,77 @@ class BlockDiffusionLM(nn.Module):
         return logits
 
 
+def run_layer(
+    layer: Qwen2DecoderLayer,
+    hidden: Tensor,
+    attention_mask: Tensor | BlockMask,
+    rotary: tuple[Tensor, Tensor],
+    cache: Cache | None,
+) -> Tensor:
+    """Return the layer's output [B, T, C]."""
+    return layer(hidden, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=cache)
+
+
+def run_last_layer(
+    layer: Qwen2DecoderLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor], chosen: ChosenRows
+) -> Tensor:
+    """Return the output of the chosen rows [B, T, C], with all rows [B, R, C] as keys and values.
+
+    The same submodules as the layer's own forward pass, with queries and everything after them on the chosen rows.
+    """
+    attention, (cosine, sine) = layer.self_attn, rotary
+    normed = layer.input_layernorm(hidden)
+    queries = attention.q_proj(_rows(normed, chosen.index))
+    heads = [
+        projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for projected in (queries, attention.k_proj(normed), attention.v_proj(normed))
+    ]
+    query = _rotate(heads[0], _rows(cosine, chosen.index), _rows(sine, chosen.index))
+    key = _rotate(heads[1], cosine, sine)
+    attended, _ = _attention(attention, query, key, heads[2], chosen.attention_mask, scaling=attention.scaling)
+    output = _rows(hidden, chosen.index) + attention.o_proj(attended.flatten(-2))
+    return output + layer.mlp(layer.post_attention_layernorm(output))
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """Return the rows `index` [B, T] of `values` [B, R, C], or [1, R, C] for all samples: [B, T, C]."""
+    values = values.expand(len(index), -1, -1)
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Return `heads` [B, H, T, E] turned by the rotary angles, whose cosines and sines are [B, T, E]."""
+    return heads * cosine[:, None] + rotate_half(heads) * sine[:, None]
+
+
+Recompute = Literal["none", "selective", "full"]
+
+
+def training_form(function: Callable, recompute: Recompute, is_compiled: bool) -> Callable:
+    """Return `run_layer` or `run_last_layer` in the form for training.
+
+    Args:
+        recompute: what the backward pass works out again instead of keeping it: nothing, all but the outputs of matrix
+            products and of attention ("selective", which needs compiled layers), or the whole layer ("full").
+    """
+    options = {"context_fn": _selective_contexts} if recompute == "selective" else {}
+
+    def checkpointed(*arguments):
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+
+    form = function if recompute == "none" else checkpointed
+    return torch.compile(form, dynamic=False) if is_compiled else form
+
+
+def _selective_contexts():
+    return create_selective_checkpoint_contexts(_is_kept)
+
+
+def _is_kept(context, operator, *inputs, **options) -> CheckpointPolicy:
+    is_costly = any(part in str(operator) for part in ("mm", "attention"))
+    return CheckpointPolicy.MUST_SAVE if is_costly else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None, **options
 ) -> tuple[Tensor, None]:
@@ -108,7 +198,7 @@ def _attention(
         raise ValueError("attention_mask must always be passed: without one, attention would silently be causal.")
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotary product is float32
     if isinstance(attention_mask, BlockMask):
-        attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
         output = attend(query, key, value, block_mask=attention_mask, scale=options["scaling"], enable_gqa=True)
     else:
         scale = options["scaling"]
@@ -116,32 +206,51 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-_COMPILED = {}  # one compiled kernel per process, made on first use
+@cache
+def compiled_flex_attention() -> Callable:
+    """Return FlexAttention compiled by itself, for layers that are not."""
+    return torch.compile(flex_attention, dynamic=False)
 
 
-def _compiled_flex_attention():
-    if "flex" not in _COMPILED:
-        _COMPILED["flex"] = torch.compile(flex_attention, dynamic=False)
-    return _COMPILED["flex"]
+class PassSize(NamedTuple):
+    """What a forward pass computes, over all samples."""
+
+    num_rows: int
+    """Rows through all layers but the last, and through the last one's keys and values."""
+    num_last_rows: int
+    """Rows through the rest of the last layer."""
+    num_pairs: int | Tensor
+    """(query, key) pairs that attention allows in a layer, for one head."""
+    num_last_pairs: int | Tensor
+    """The same in the last layer."""
+    num_head_rows: int
+    """Rows through the LM head."""
 
 
 def num_layer_parameters(config: Qwen2Config) -> int:
     """Return the weights of all matrix products of the layers (no embedding, no norms, no biases)."""
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 2 * config.hidden_size * head_size * (config.num_attention_heads + config.num_key_value_heads)
-    return config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+    return config.num_hidden_layers * (_key_value_weights(config) + _other_weights(config))
 
 
-def forward_flops(
-    config: Qwen2Config, num_rows: int, num_attention_pairs: int | Tensor, num_head_rows: int
-) -> int | Tensor:
-    """Return the floating-point operations of one forward pass; training needs three times as many.
+def forward_flops(config: Qwen2Config, size: PassSize) -> int | Tensor:
+    """Return the floating-point operations of one forward pass; training needs three times as many."""
+    key_value, other = _key_value_weights(config), _other_weights(config)
+    earlier = config.num_hidden_layers - 1
+    products = size.num_rows * (earlier * (key_value + other) + key_value) + size.num_last_rows * other
+    pairs = earlier * size.num_pairs + size.num_last_pairs
+    attention = 4 * pairs * config.num_attention_heads * _head_size(config)
+    return 2 * (products + size.num_head_rows * config.hidden_size * config.vocab_size) + attention
 
-    Args:
-        num_rows: rows through the layers; num_head_rows: rows through the LM head.
-        num_attention_pairs: (query, key) pairs that the attention mask allows, over all samples, of one layer and head.
-    """
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * num_attention_pairs * config.num_attention_heads * head_size * config.num_hidden_layers
-    head = 2 * num_head_rows * config.hidden_size * config.vocab_size
-    return 2 * num_rows * num_layer_parameters(config) + attention + head
+
+def _head_size(config: Qwen2Config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _key_value_weights(config: Qwen2Config) -> int:
+    return 2 * config.hidden_size * _head_size(config) * config.num_key_value_heads
+
+
+def _other_weights(config: Qwen2Config) -> int:
+    """Return the weights of one layer's query, output and MLP products."""
+    attention = 2 * config.hidden_size * _head_size(config) * config.num_attention_heads
+    return attention + 3 * config.hidden_size * config.intermediate_size

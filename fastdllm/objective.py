@@ -4,18 +4,29 @@ Everything is a pure function of tensors and numbers. Source: method.md 2.2 to 2
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from fastdllm.masks import Rows, clean_rows, training_rows
+from fastdllm.masks import CLEAN, EMPTY, VIEW_A, Rows, clean_rows, training_rows
 
 MINIMUM_NOISE = 1e-3  # the paper's epsilon: no block is drawn with zero noise
-LOGITS_PER_CHUNK = 2**28  # 1 GiB of float32 logits at a time
+LOGITS_PER_PART = 2**27  # 256 MiB of half-precision logits at a time, and as much for their gradient
+
+
+class SampleShape(NamedTuple):
+    """How much a sample holds at most."""
+
+    num_tokens: int
+    """Places for tokens, whole blocks per document."""
+    num_rows: int
+    """Rows through the layers; there are exactly so many."""
+    num_targets: int
+    """Rows that predict something."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +45,9 @@ class ObjectiveConfig:
     autoregressive mode."""
     ar_loss_weight: float = 0.0
     """Weight of an added next-token loss on the clean half, 0 or more; above 0 it needs context_attention causal."""
+    drop_dead_rows: bool = True
+    """Leave out rows that the loss does not depend on (blocks of the prompt in the views, the clean half's end) and put
+    more documents into a sample instead; loss and gradient of a document stay the same. Only for block_diffusion."""
 
     def __post_init__(self):
         if self.block_size not in (4, 8, 16, 32, 64, 128):
@@ -50,18 +64,23 @@ class ObjectiveConfig:
         if self.kind == "autoregressive" and (self.ar_loss_weight > 0 or self.first_token != "noised"):
             raise ValueError("objective.kind autoregressive has no views: leave ar_loss_weight and first_token alone.")
 
+    def sample_shape(self, sample_length: int) -> SampleShape:
+        """Return what a sample holds: `sample_length` tokens, or more where their dead rows are left out."""
+        if self.kind == "autoregressive":
+            return SampleShape(sample_length, sample_length, sample_length)
+        num_tokens = sample_length * (2 if self.drop_dead_rows else 1)
+        return SampleShape(num_tokens, 3 * sample_length, sample_length * (2 if self.ar_loss_weight > 0 else 1))
+
 
 class Targets(NamedTuple):
-    """The predictions that are scored, M of them; each tensor is [M]."""
+    """What each row predicts; every tensor is [B, R]."""
 
-    row: Tensor
-    """int64 index into the flattened [B * R] rows: the row whose logits are scored."""
     token: Tensor
-    """int64 token to predict."""
+    """int64 token to predict; meaningless where `weight` is 0."""
+    weight: Tensor
+    """float32 weight of the prediction in the loss; 0 where the row predicts nothing."""
     noise_level: Tensor
-    """float32 probability with which this token's block was masked in this view; NaN for next-token targets."""
-    is_next_token: Tensor
-    """bool, true for targets of the added autoregressive loss."""
+    """float32 probability with which the token's block was masked in this view; NaN for next-token targets."""
 
 
 def draw_noise(seed: int, index: int, length: int, block_size: int) -> tuple[Tensor, Tensor]:
@@ -101,73 +120,170 @@ def complementary_views(
 def block_diffusion_inputs(
     batch: dict[str, Tensor], config: ObjectiveConfig, mask_token_id: int
 ) -> tuple[Tensor, Rows, Targets]:
-    """Return the tokens [B, 3L], rows and targets of the block-diffusion objective.
+    """Return the tokens, rows and targets of the block-diffusion objective, all [B, 3L]: view a | view b | clean.
 
     Token shift: the token at position i is predicted by row i - 1 of the view in which it is masked; with first_token
     "clean", a block's first token is predicted by row i - 1 of the clean half. A document's first token has no row
-    before it and is never predicted.
+    before it and is never predicted. A clean row that predicts its next token for both reasons does so once, with both
+    weights.
     """
     tokens, position, is_response = batch["tokens"], batch["position"], batch["is_response"]
-    L = tokens.shape[1]
     noised, is_masked = complementary_views(tokens, is_response, batch["is_masked_first"], mask_token_id)
-    rows = training_rows(batch["document"], position)
-    is_target = is_masked & (position >= 1).repeat(1, 2)  # [B, 2L]
-    sample, column = is_target.nonzero(as_tuple=True)
-    source = column - 1
-    if config.first_token == "clean":
-        starts_block = position.repeat(1, 2)[sample, column] % config.block_size == 0
-        source = torch.where(starts_block, 2 * L + column % L - 1, source)
-    by_view = torch.cat([batch["noise_level"], 1 - batch["noise_level"]], dim=1)  # [B, 2N]
-    levels = by_view.repeat_interleave(config.block_size, dim=1)[sample, column]
-    targets = Targets(sample * 3 * L + source, tokens.repeat(1, 2)[sample, column], levels, levels.isnan())
+    level = batch["noise_level"].repeat_interleave(config.block_size, dim=1)  # [B, L]
+    is_first_masked = _next(is_masked[:, : tokens.shape[1]])  # by row: the token after it is masked in view a
+    is_predicted = _next(is_response & (position >= 1))
+    by_clean = is_predicted & (_next(position) % config.block_size == 0) & (config.first_token == "clean")
+    in_view = [is_predicted & ~by_clean & is_first_masked, is_predicted & ~by_clean & ~is_first_masked]
+    weight = torch.cat([*in_view, by_clean], dim=1).float()
+    next_level = _next(level)
+    clean_level = torch.where(by_clean, torch.where(is_first_masked, next_level, 1 - next_level), torch.nan)
     if config.ar_loss_weight > 0:
-        targets = _concatenate(targets, _next_token_targets(tokens, position, is_response, 3 * L, 2 * L))
-    return torch.cat([noised, tokens], dim=1), rows, targets
+        weight[:, 2 * tokens.shape[1] :] += config.ar_loss_weight * is_predicted
+    targets = Targets(
+        token=_next(tokens).repeat(1, 3),
+        weight=weight,
+        noise_level=torch.cat([next_level, 1 - next_level, clean_level], dim=1),
+    )
+    return torch.cat([noised, tokens], dim=1), training_rows(batch["document"], position), targets
 
 
 def autoregressive_inputs(batch: dict[str, Tensor]) -> tuple[Tensor, Rows, Targets]:
-    """Return the tokens [B, L], rows and targets of plain next-token training on the response tokens."""
-    tokens = batch["tokens"]
-    targets = _next_token_targets(tokens, batch["position"], batch["is_response"], tokens.shape[1], 0)
-    return tokens, clean_rows(batch["document"], batch["position"]), targets
+    """Return the tokens, rows and targets, all [B, L], of plain next-token training on the response tokens."""
+    tokens, position = batch["tokens"], batch["position"]
+    weight = _next(batch["is_response"] & (position >= 1)).float()
+    targets = Targets(_next(tokens), weight, torch.full_like(weight, torch.nan))
+    return tokens, clean_rows(batch["document"], position), targets
 
 
-def _next_token_targets(tokens: Tensor, position: Tensor, is_response: Tensor, stride: int, offset: int) -> Targets:
-    sample, column = (is_response & (position >= 1)).nonzero(as_tuple=True)
-    levels = torch.full(sample.shape, torch.nan, device=tokens.device)
-    return Targets(sample * stride + offset + column - 1, tokens[sample, column], levels, levels.isnan())
+def _next(values: Tensor) -> Tensor:
+    """Return at each place what stands at the next one, [B, L]; zero at the end of the sample."""
+    return torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
 
 
-def _concatenate(first: Targets, second: Targets) -> Targets:
-    return Targets(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
+def drop_dead_rows(
+    tokens: Tensor, rows: Rows, targets: Targets, block_size: int, num_rows: int
+) -> tuple[Tensor, Rows, Targets]:
+    """Return the rows that the loss depends on, in their order, and empty ones behind them: [B, num_rows] each.
 
-
-def token_losses(hidden: Tensor, head_weight: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of each target and whether its most likely token is right.
-
-    The logits exist for a limited number of rows at a time and are computed again in the backward pass.
+    Rows are read and dropped by whole blocks. A noised block is read by its own rows alone, so it is needed if one of
+    them predicts something. A clean block is read by later blocks of its document and by itself, so it is needed if a
+    later noised block is, or if it or a later clean block predicts something. Loss and gradient stay what they were.
 
     Args:
-        hidden: [M, C]; head_weight: [V, C]; token: [M] int64.
-    Returns:
-        loss: [M] float32, in nats; the softmax over the vocabulary is float32.
-        is_correct: [M] bool.
+        tokens: [B, R] int64; num_rows: a multiple of block_size, at least the needed rows of every sample.
     """
-    rows_per_chunk = max(1, LOGITS_PER_CHUNK // head_weight.shape[0])
-    if hidden.shape[0] <= rows_per_chunk:
-        return _chunk_losses(hidden, head_weight, token)
-    chunks = zip(hidden.split(rows_per_chunk), token.split(rows_per_chunk), strict=True)
-    parts = [checkpoint(_chunk_losses, part, head_weight, target, use_reentrant=False) for part, target in chunks]
-    return torch.cat([loss for loss, _ in parts]), torch.cat([is_correct for _, is_correct in parts])
+    B = tokens.shape[0]
+    predicts = (targets.weight > 0).view(B, -1, block_size).any(-1)  # [B, blocks]
+    half, document, position = (tensor[:, ::block_size] for tensor in rows)
+    number = position // block_size  # of the block in its document
+    is_clean = half == CLEAN
+    reach = torch.where(predicts, number + is_clean, 0)  # clean blocks below this number are needed
+    needed_below = torch.zeros_like(number).scatter_reduce(1, document, reach, "amax").gather(1, document)
+    is_needed = torch.where(is_clean, number < needed_below, predicts)
+    num_blocks = num_rows // block_size
+    # a device assertion, which waits for nothing: rows beyond the budget would vanish from the loss in silence
+    torch._assert_async((is_needed.sum(1) <= num_blocks).all(), f"a sample needs more than {num_rows} rows")
+    order = (~is_needed).int().argsort(dim=1, stable=True)[:, :num_blocks]
+    index = (order[:, :, None] * block_size + torch.arange(block_size, device=order.device)).flatten(1)
+    is_empty = ~is_needed.gather(1, order).repeat_interleave(block_size, dim=1)
+    place = torch.arange(num_rows, device=order.device)
+    kept = Rows(*(tensor.gather(1, index) for tensor in rows))
+    kept = Rows(
+        half=kept.half.masked_fill(is_empty, VIEW_A),
+        document=kept.document.masked_fill(is_empty, EMPTY),
+        position=torch.where(is_empty, place, kept.position),
+    )
+    return tokens.gather(1, index), kept, Targets(*(tensor.gather(1, index) for tensor in targets))
 
 
-def _chunk_losses(hidden: Tensor, head_weight: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-    logits = F.linear(hidden, head_weight).float()  # [M, V]
-    return F.cross_entropy(logits, token, reduction="none"), logits.detach().argmax(-1) == token
+def scored_rows(targets: Targets, num_scored: int) -> tuple[Tensor, Targets]:
+    """Return which rows predict something, in their order, [B, num_scored] int64, and their targets.
+
+    Samples with fewer are filled up with rows of weight 0; none may have more.
+    """
+    is_scored = targets.weight > 0
+    torch._assert_async((is_scored.sum(1) <= num_scored).all(), f"a sample predicts more than {num_scored} tokens")
+    index = (~is_scored).int().argsort(dim=1, stable=True)[:, :num_scored]
+    return index, Targets(*(tensor.gather(1, index) for tensor in targets))
 
 
-def weighted_sum(loss: Tensor, targets: Targets, ar_loss_weight: float) -> Tensor:
-    """Return the sum of the losses, the added next-token ones times their weight. loss: [M] float32."""
-    if ar_loss_weight == 0:  # next-token targets, if any, are then the objective itself (kind autoregressive)
-        return loss.sum()
-    return (loss * torch.where(targets.is_next_token, ar_loss_weight, 1.0)).sum()
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Weighted cross-entropy of a linear head, whose gradients are worked out in the forward pass, part by part."""
+
+    @staticmethod
+    def forward(ctx, hidden, head_weight, token, weight):
+        head = head_weight.to(hidden.dtype)
+        score = _compiled_scores() if hidden.is_cuda else _scores
+        hidden_gradient = torch.empty_like(hidden)
+        head_gradient = torch.zeros(
+            head.shape, dtype=torch.promote_types(head.dtype, torch.float32), device=head.device
+        )
+        losses, correct = [], []
+        rows = _rows_per_part(len(hidden), len(head))
+        for first in range(0, len(hidden), rows):
+            part = slice(first, first + rows)
+            logits = F.linear(hidden[part], head)  # [rows, V]
+            loss, is_correct, gradient = score(logits, token[part], weight[part])
+            torch.mm(gradient, head, out=hidden_gradient[part])
+            _add_product(head_gradient, gradient, hidden[part])
+            losses.append(loss)
+            correct.append(is_correct)
+        loss, is_correct = torch.cat(losses), torch.cat(correct)
+        ctx.save_for_backward(hidden_gradient, head_gradient)
+        ctx.head_dtype = head_weight.dtype
+        ctx.mark_non_differentiable(loss, is_correct)
+        return (loss * weight).sum(), loss, is_correct
+
+    @staticmethod
+    def backward(ctx, total, *_):
+        hidden_gradient, head_gradient = ctx.saved_tensors
+        return hidden_gradient * total, head_gradient.mul_(total).to(ctx.head_dtype), None, None
+
+
+def token_losses(hidden: Tensor, head_weight: Tensor, token: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weighted sum of the targets' cross-entropies, each of them, and whether the likeliest token is right.
+
+    The logits exist for some rows at a time. Only the sum has a gradient.
+
+    Args:
+        hidden: [M, C]; head_weight: [V, C]; token: [M] int64; weight: [M] float32, 0 leaves a row out.
+    Returns:
+        total: float32 (float64 for float64 inputs) []; loss: [M] of that dtype, in nats; is_correct: [M] bool.
+    """
+    return _LinearCrossEntropy.apply(hidden, head_weight, token, weight)
+
+
+def _scores(logits: Tensor, token: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss [M], is_correct [M] and the weighted loss's gradient by the logits [M, V]; the softmax is float32."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top, best = exact.max(-1)
+    exponential = (exact - top[:, None]).exp()
+    total = exponential.sum(-1)
+    loss = total.log() + top - exact.gather(1, token[:, None]).squeeze(1)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == token[:, None]
+    gradient = (exponential / total[:, None] - is_target.to(exact.dtype)) * weight[:, None]
+    return loss, best == token, gradient.to(logits.dtype)
+
+
+@cache
+def _compiled_scores():
+    return torch.compile(_scores, dynamic=False)
+
+
+def _rows_per_part(num_rows: int, vocabulary_size: int) -> int:
+    """Return how many rows are scored at a time: the largest even division of all rows within the budget."""
+    most = max(1, LOGITS_PER_PART // vocabulary_size)
+    num_parts = -(-num_rows // most)
+    while num_rows % num_parts:
+        num_parts += 1
+    return max(1, num_rows // max(1, num_parts))
+
+
+def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """Add gradient^T hidden to `total` [V, C], with float32 accumulation."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(gradient.T, hidden)
+    elif total.is_cuda:
+        torch.addmm(total, gradient.T, hidden, out_dtype=total.dtype, out=total)
+    else:
+        total += gradient.T.float() @ hidden.float()

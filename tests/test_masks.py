@@ -45,7 +45,7 @@ def test_attention_pairs_are_counted_exactly(context):
     for rows in (masks.training_rows(*make_sample()), masks.clean_rows(*make_sample())):
         num_rows = rows.half.shape[1]
         dense = masks.dense_attention_mask(masks.training_attention(rows, 4, context), 1, num_rows, torch.device("cpu"))
-        assert masks.count_attention_pairs(rows, 4, context) == int(dense.sum())
+        assert torch.equal(masks.count_attention_pairs(rows, 4, context), dense.sum(-1)[:, 0])
 
 
 @pytest.mark.parametrize("context", ["block", "causal"])
@@ -53,10 +53,9 @@ def test_block_masks_equal_dense_masks_for_one_batch_after_another(context):
     position = torch.cat([torch.arange(96), torch.arange(160)])[None]
     first = masks.training_rows(torch.tensor([[1] * 96 + [2] * 160]), position)
     second = masks.training_rows(torch.tensor([[1] * 256]), torch.arange(256)[None])
-    builder = masks.BlockMaskBuilder(first, 32, context)
+    builder = masks.BlockMaskBuilder(1, 768, 768, 32, context, torch.device("cpu"))
     query, key, value = torch.randn(3, 1, 2, 768, 16)
     for rows in (first, second):
-        assert builder.fits(rows)
         predicate = masks.training_attention(rows, 32, context)
         dense = masks.dense_attention_mask(predicate, 1, 768, torch.device("cpu"))
         expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=dense)
@@ -66,7 +65,24 @@ def test_block_masks_equal_dense_masks_for_one_batch_after_another(context):
         assert torch.equal(ours.to_dense(), theirs.to_dense())
         assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
     with pytest.raises(ValueError, match="multiple of 128"):
-        masks.BlockMaskBuilder(masks.training_rows(*make_sample()), 4, context)
+        masks.BlockMaskBuilder(1, 72, 72, 4, context, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("context", ["block", "causal"])
+def test_block_masks_of_chosen_rows_equal_dense_masks(context):
+    document, position = torch.tensor([[1] * 96 + [2] * 160]), torch.cat([torch.arange(96), torch.arange(160)])[None]
+    rows = masks.training_rows(document, position)
+    index = torch.randperm(768, generator=torch.Generator().manual_seed(0))[:256].sort().values[None]
+    queries = masks.Rows(*(tensor.gather(1, index) for tensor in rows))
+    dense = masks.dense_attention_mask(
+        masks.training_attention(rows, 32, context, queries), 1, 768, torch.device("cpu"), 256
+    )
+    whole = masks.dense_attention_mask(masks.training_attention(rows, 32, context), 1, 768, torch.device("cpu"))
+    assert torch.equal(dense[0, 0], whole[0, 0, index[0]])
+    block_mask = masks.BlockMaskBuilder(1, 256, 768, 32, context, torch.device("cpu")).build(rows, queries)
+    query, key, value = torch.randn(1, 2, 256, 16), torch.randn(1, 2, 768, 16), torch.randn(1, 2, 768, 16)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=dense)
+    assert_close(flex_attention(query, key, value, block_mask=block_mask), expected)
 
 
 @pytest.mark.parametrize("context", ["block", "causal"])

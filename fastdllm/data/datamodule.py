@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from fastdllm.data.documents import Documents, prepare_documents
 from fastdllm.data.packing import LongDocuments, PackedSamples, pack
 from fastdllm.data.sources import SourceConfig
-from fastdllm.objective import draw_noise
+from fastdllm.objective import ObjectiveConfig, draw_noise
 
 VALIDATION_SEED = 2**31 - 1  # validation noise is the same in every run, so that losses of different seeds compare
 ORDERS_KEPT = 4  # epochs whose order a process remembers: a step may reach over the end of an epoch
@@ -25,7 +25,8 @@ class DataConfig(SourceConfig):
     """What is learnt from: the source, its packing, validation and loading."""
 
     sample_length: int = 2048
-    """Tokens of a sample (a packed row), L; a multiple of objective.block_size."""
+    """Tokens of the longest document, L; a multiple of objective.block_size. A sample is three times L rows: L tokens,
+    or more where dead rows are left out (objective.drop_dead_rows)."""
     long_documents: LongDocuments = "drop"
     """Documents longer than sample_length are dropped, cut at its end, or an error; they are counted."""
     validation_path: str = ""
@@ -173,13 +174,13 @@ class AdaptDataModule(LightningDataModule):
         tokenizer: Any,
         *,
         mask_token_id: int,
-        block_size: int,
+        objective: ObjectiveConfig,
         seed: int,
         micro_batch_size: int,
     ):
         super().__init__()
         self.config, self.tokenizer, self.mask_token_id = config, tokenizer, mask_token_id
-        self.block_size, self.seed, self.micro_batch_size = block_size, seed, micro_batch_size
+        self.objective, self.seed, self.micro_batch_size = objective, seed, micro_batch_size
         self._folders: list[Path] = []  # of the prepared sources
         self.training: PackedSamples | None = None
         self.validation: PackedSamples | None = None
@@ -213,8 +214,8 @@ class AdaptDataModule(LightningDataModule):
     def _packed(self, folder: Path, held_out_samples: int) -> tuple[PackedSamples, PackedSamples]:
         documents, config = Documents(folder), self.config
         shape = {
+            "objective": self.objective,
             "sample_length": config.sample_length,
-            "block_size": self.block_size,
             "mask_token_id": self.mask_token_id,
         }
         parts = pack(documents, **shape, long_documents=config.long_documents, held_out_samples=held_out_samples)
@@ -235,15 +236,17 @@ class AdaptDataModule(LightningDataModule):
 
     def describe(self) -> str:
         """Return what is trained on, and how many epochs that makes."""
-        packing, L = self.training.packing, self.config.sample_length
+        packing, shape = self.training.packing, self.training.shape
         num_samples = self.trainer.max_steps * self.plan.samples_per_step
         epochs = num_samples / len(packing)
         return (
-            f"data: {len(packing):,} samples of {L} tokens, {packing.fill:.1%} filled ({self.tokens_per_epoch:,} "
-            f"document tokens, {int(packing.num_targets.sum()):,} of them supervised); {packing.num_long:,} documents "
-            f"too long ({self.config.long_documents}), {packing.num_without_targets:,} without a response, "
+            f"data: {len(packing):,} samples of {shape.num_rows} rows, {packing.fill:.1%} of them needed, "
+            f"{self.tokens_per_epoch / len(packing):,.0f} document tokens each ({self.tokens_per_epoch:,} in all, "
+            f"{int(packing.num_targets.sum()):,} of them supervised); {packing.num_long:,} documents too long "
+            f"({self.config.long_documents}), {packing.num_without_targets:,} without a response, "
             f"{packing.num_with_mask_token:,} with the mask token; {len(self.validation):,} validation samples\n"
-            f"data: the run asks for {num_samples * L:,} tokens in {num_samples:,} samples: {epochs:.2f} epochs"
+            f"data: the run asks for {round(epochs * self.tokens_per_epoch):,} tokens in {num_samples:,} samples: "
+            f"{epochs:.2f} epochs"
         )
 
     def train_dataloader(self) -> DataLoader:

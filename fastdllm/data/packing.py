@@ -1,4 +1,4 @@
-"""Documents -> samples of L tokens: whole documents, each padded to whole blocks, side by side."""
+"""Documents -> samples of a fixed number of rows: whole documents, each padded to whole blocks, side by side."""
 
 import hashlib
 import json
@@ -7,17 +7,18 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from fastdllm.data.documents import Documents
+from fastdllm.objective import ObjectiveConfig
 
 LongDocuments = Literal["drop", "cut", "error"]
 OPEN_SAMPLES = 1000  # samples that may still take a document
 SORTED_WINDOW = 10_000  # documents sorted by length at a time
 TOKENS_PER_SCAN = 2**22
-FORMAT_VERSION = 1  # raise it when the same documents would be packed differently
+FORMAT_VERSION = 2  # raise it when the same documents would be packed differently
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Packing:
     num_tokens: np.ndarray
     """[samples] int64 document tokens, padding not counted."""
     fill: float
-    """Share of the samples' tokens that belongs to documents or their block padding."""
+    """Share of the samples' rows that the loss depends on, before it is known which tokens the noise masks."""
     num_long: int
     """Documents longer than a sample: dropped or cut."""
     num_without_targets: int
@@ -57,10 +58,17 @@ class PackedSamples:
     """The samples of a packing; number s gives what `materialise` returns for it."""
 
     def __init__(
-        self, documents: Documents, packing: Packing, *, sample_length: int, block_size: int, mask_token_id: int
+        self,
+        documents: Documents,
+        packing: Packing,
+        *,
+        objective: ObjectiveConfig,
+        sample_length: int,
+        mask_token_id: int,
     ):
         self.documents, self.packing = documents, packing
-        self.sample_length, self.block_size, self.mask_token_id = sample_length, block_size, mask_token_id
+        self.sample_length, self.block_size, self.mask_token_id = sample_length, objective.block_size, mask_token_id
+        self.shape = objective.sample_shape(sample_length)
 
     def __len__(self) -> int:
         return len(self.packing)
@@ -70,7 +78,8 @@ class PackedSamples:
         return materialise(
             self.documents,
             self.packing.documents[first:last],
-            sample_length=self.sample_length,
+            num_tokens=self.shape.num_tokens,
+            longest=self.sample_length,
             block_size=self.block_size,
             mask_token_id=self.mask_token_id,
         )
@@ -79,30 +88,33 @@ class PackedSamples:
 def pack(
     documents: Documents,
     *,
+    objective: ObjectiveConfig,
     sample_length: int,
-    block_size: int,
     mask_token_id: int,
     long_documents: LongDocuments,
     held_out_samples: int = 0,
 ) -> tuple[Packing, Packing]:
     """Return the packing of the documents and that of the last ones, held out; both are kept beside the documents.
 
-    Held out are the last documents, enough to fill `held_out_samples` samples; no document is in both.
+    A sample has the rows of `sample_length` tokens; a document has at most so many tokens, and takes the rows that its
+    loss depends on (objective.drop_dead_rows) or all of its rows. Held out are the last documents, enough to fill
+    `held_out_samples` samples; no document is in both.
 
     Raises:
         ValueError: sample_length is not a multiple of block_size; a document is too long and long_documents is "error";
             no document is left to train on.
     """
+    block_size = objective.block_size
     if sample_length % block_size or sample_length < block_size:
         raise ValueError(
             f"data.sample_length must be a multiple of objective.block_size ({block_size}), got {sample_length}; "
             f"try {max(1, sample_length // block_size) * block_size}."
         )
-    key = [FORMAT_VERSION, sample_length, block_size, mask_token_id, long_documents, held_out_samples]
+    key = [FORMAT_VERSION, asdict(objective), sample_length, mask_token_id, long_documents, held_out_samples]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     files = [documents.folder / f"packing-{part}-{digest}.npz" for part in ("train", "held_out")]
     if not all(file.is_file() for file in files):
-        for file, packing in zip(files, _pack(documents, *key[1:]), strict=True):
+        for file, packing in zip(files, _pack(documents, objective, *key[2:]), strict=True):
             _save(file, packing)
     return _load(files[0]), _load(files[1])
 
@@ -121,21 +133,27 @@ def _load(file: Path) -> Packing:
 
 
 def _pack(
-    documents: Documents, L: int, block_size: int, mask_token_id: int, long_documents: str, held_out_samples: int
+    documents: Documents,
+    objective: ObjectiveConfig,
+    L: int,
+    mask_token_id: int,
+    long_documents: str,
+    held_out_samples: int,
 ) -> Iterator[Packing]:
     lengths = np.diff(documents.offsets)
     _check_lengths(lengths, L, long_documents)
-    num_targets, has_mask_token = _scan(documents, L, mask_token_id)
+    scan = _scan(documents, objective, L, mask_token_id)
     left_out = {
         "num_long": int((lengths > L).sum()),
-        "num_without_targets": int((num_targets == 0).sum()),
-        "num_with_mask_token": int(has_mask_token.sum()),
+        "num_without_targets": int((scan.num_targets == 0).sum()),
+        "num_with_mask_token": int(scan.has_mask_token.sum()),
     }
-    is_kept = (num_targets > 0) & ~has_mask_token & ((lengths <= L) | (long_documents == "cut"))
+    is_kept = (scan.num_targets > 0) & ~scan.has_mask_token & ((lengths <= L) | (long_documents == "cut"))
     kept = np.flatnonzero(is_kept)
     lengths = np.minimum(lengths, L)
-    blocks = -(-lengths // block_size)
-    first_held_out = _first_held_out(blocks[kept], held_out_samples * (L // block_size))
+    capacity = objective.sample_shape(L).num_rows // objective.block_size
+    costs = _costs(scan, lengths, objective, L)
+    first_held_out = _first_held_out(costs[kept], held_out_samples * capacity)
     if not first_held_out:
         raise ValueError(
             f"data: no document of {documents.meta['source']} is left to train on, of {len(documents)}: "
@@ -143,17 +161,33 @@ def _pack(
             f"data.validation_samples {held_out_samples}, {left_out}."
         )
     for chosen, limit in ((kept[:first_held_out], None), (kept[first_held_out:], held_out_samples)):
-        samples = _best_fit(chosen, blocks, L // block_size)[:limit]
+        samples = _best_fit(chosen, costs, capacity)[:limit]
         starts = np.cumsum([0, *map(len, samples)], dtype=np.int64)
         packed = np.array([number for sample in samples for number in sample], dtype=np.int64)
         yield Packing(
             documents=packed,
             starts=starts,
-            num_targets=_segment_sums(num_targets[packed], starts),
+            num_targets=_segment_sums(scan.num_targets[packed], starts),
             num_tokens=_segment_sums(lengths[packed], starts),
-            fill=float(blocks[packed].sum() * block_size / max(1, len(samples) * L)),
+            fill=float(scan.row_blocks[packed].sum() / max(1, len(samples) * capacity)),
             **left_out,
         )
+
+
+def _costs(scan: "_Scan", lengths: np.ndarray, objective: ObjectiveConfig, L: int) -> np.ndarray:
+    """Return what each document takes of a sample, in blocks of rows: its largest share of rows, tokens or targets.
+
+    So samples filled by this one number hold too much of none of the three.
+    """
+    D, shape = objective.block_size, objective.sample_shape(L)
+    blocks = -(-lengths // D)
+    predictions = scan.num_targets * (2 if objective.ar_loss_weight > 0 else 1)
+    shares = [
+        scan.row_blocks,
+        -(-blocks * shape.num_rows // shape.num_tokens),
+        -(-predictions * shape.num_rows // (shape.num_targets * D)),
+    ]
+    return np.max(shares, axis=0)
 
 
 def _check_lengths(lengths: np.ndarray, L: int, long_documents: str) -> None:
@@ -164,47 +198,89 @@ def _check_lengths(lengths: np.ndarray, L: int, long_documents: str) -> None:
         )
 
 
-def _scan(documents: Documents, L: int, mask_token_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return per document the supervised targets among its first L tokens, and whether it holds the mask token."""
-    offsets = documents.offsets
-    num_targets, has_mask_token = np.zeros(len(documents), np.int64), np.zeros(len(documents), bool)
-    first = 0
+class _Scan(NamedTuple):
+    """What is learnt about each document by reading it; every array is [documents]."""
+
+    num_targets: np.ndarray
+    """Supervised targets among its first L tokens."""
+    has_mask_token: np.ndarray
+    row_blocks: np.ndarray
+    """Blocks of rows that it needs, over both views and the clean half."""
+
+
+def _scan(documents: Documents, objective: ObjectiveConfig, L: int, mask_token_id: int) -> _Scan:
+    parts, first = [], 0
     while first < len(documents):
-        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + TOKENS_PER_SCAN, side="right")) - 1)
-        starts = offsets[first:last] - offsets[first]
-        lengths = np.diff(offsets[first : last + 1])
-        position = np.arange(offsets[last] - offsets[first]) - np.repeat(starts, lengths)
-        is_target = documents.is_response[offsets[first] : offsets[last]] & (position >= 1) & (position < L)
-        is_mask_token = documents.tokens[offsets[first] : offsets[last]] == mask_token_id
-        bounds = offsets[first : last + 1] - offsets[first]
-        num_targets[first:last] = _segment_sums(is_target, bounds)
-        has_mask_token[first:last] = _segment_sums(is_mask_token, bounds) > 0
+        end = np.searchsorted(documents.offsets, documents.offsets[first] + TOKENS_PER_SCAN, side="right")
+        last = max(first + 1, int(end) - 1)
+        parts.append(_scan_part(documents, first, last, objective, L, mask_token_id))
         first = last
-    return num_targets, has_mask_token
+    return _Scan(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _scan_part(
+    documents: Documents, first: int, last: int, objective: ObjectiveConfig, L: int, mask_token_id: int
+) -> _Scan:
+    span = slice(documents.offsets[first], documents.offsets[last])
+    bounds = documents.offsets[first : last + 1] - span.start
+    lengths = np.diff(bounds)
+    position = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+    is_target = documents.is_response[span] & (position >= 1) & (position < L)
+    blocks = -(-np.minimum(lengths, L) // objective.block_size)
+    document = np.repeat(np.arange(len(lengths)), lengths)[is_target]
+    return _Scan(
+        num_targets=_segment_sums(is_target, bounds),
+        has_mask_token=_segment_sums(documents.tokens[span] == mask_token_id, bounds) > 0,
+        row_blocks=_needed_blocks(document, position[is_target], blocks, objective),
+    )
+
+
+def _needed_blocks(
+    document: np.ndarray, position: np.ndarray, blocks: np.ndarray, objective: ObjectiveConfig
+) -> np.ndarray:
+    """Return how many blocks of rows each document needs; objective.drop_dead_rows is the rule, whatever is masked.
+
+    Args:
+        document, position: of every supervised target, ordered.
+        blocks: [documents] whole blocks of each document.
+    """
+    if objective.kind == "autoregressive" or not objective.drop_dead_rows:
+        return blocks * (1 if objective.kind == "autoregressive" else 3)
+    D = objective.block_size
+    row = (position - 1) // D  # the block whose last or inner row predicts the target
+    by_clean = (position % D == 0) & (objective.first_token == "clean")
+    predicts = np.zeros((2, blocks.sum()), bool)  # by a noised block, by a clean one
+    starts = np.cumsum(blocks) - blocks
+    predicts[0, (starts[document] + row)[~by_clean]] = True
+    predicts[1, (starts[document] + row)[by_clean | (objective.ar_loss_weight > 0)]] = True
+    reach = np.zeros(len(blocks), np.int64)  # clean blocks needed
+    np.maximum.at(reach, document, row + (by_clean | (objective.ar_loss_weight > 0)))
+    noised = _segment_sums(predicts[0], np.append(starts, blocks.sum()))
+    return 2 * noised + reach
 
 
 def _segment_sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return np.diff(np.concatenate([[0], np.cumsum(values, dtype=np.int64)])[starts])
 
 
-def _first_held_out(blocks: np.ndarray, blocks_wanted: int) -> int:
-    """Return where the shortest tail of documents with `blocks_wanted` blocks starts."""
-    if not blocks_wanted:
-        return len(blocks)
-    from_end = np.cumsum(blocks[::-1])
-    return max(0, len(blocks) - int(np.searchsorted(from_end, blocks_wanted)) - 1)
+def _first_held_out(costs: np.ndarray, cost_wanted: int) -> int:
+    """Return where the shortest tail of documents that cost `cost_wanted` together starts."""
+    if not cost_wanted:
+        return len(costs)
+    from_end = np.cumsum(costs[::-1])
+    return max(0, len(costs) - int(np.searchsorted(from_end, cost_wanted)) - 1)
 
 
-def _best_fit(chosen: np.ndarray, blocks: np.ndarray, capacity: int) -> list[list[int]]:
+def _best_fit(chosen: np.ndarray, costs: np.ndarray, capacity: int) -> list[list[int]]:
     """Put each document into the fullest open sample that has room for it; return the documents of each sample.
 
     Documents come in order, long before short ones within a window: that fills better. At most OPEN_SAMPLES stay open;
     beyond that the fullest is closed. Samples are ordered by when they were opened.
     """
-    by_room: list[list[list[int]]] = [[] for _ in range(capacity + 1)]  # open samples by the blocks still free
+    by_room: list[list[list[int]]] = [[] for _ in range(capacity + 1)]  # open samples by the room still free
     samples, num_open = [], 0
-    for number in _longest_first(chosen, blocks):
-        need = int(blocks[number])
+    for number in _costliest_first(chosen, costs):
+        need = int(costs[number])
         room = next((room for room in range(need, capacity + 1) if by_room[room]), None)
         if room is not None:
             sample = by_room[room].pop()
@@ -223,17 +299,25 @@ def _best_fit(chosen: np.ndarray, blocks: np.ndarray, capacity: int) -> list[lis
     return samples
 
 
-def _longest_first(chosen: np.ndarray, blocks: np.ndarray) -> Iterator[int]:
+def _costliest_first(chosen: np.ndarray, costs: np.ndarray) -> Iterator[int]:
     for first in range(0, len(chosen), SORTED_WINDOW):
         window = chosen[first : first + SORTED_WINDOW]
-        yield from window[np.argsort(-blocks[window], kind="stable")].tolist()
+        yield from window[np.argsort(-costs[window], kind="stable")].tolist()
 
 
 def materialise(
-    documents: Documents, numbers: np.ndarray, *, sample_length: int, block_size: int, mask_token_id: int
+    documents: Documents,
+    numbers: np.ndarray,
+    *,
+    num_tokens: int,
+    longest: int,
+    block_size: int,
+    mask_token_id: int,
 ) -> dict[str, np.ndarray]:
-    """Return one sample that holds the documents `numbers`.
+    """Return one sample that holds the documents `numbers`, with places for `num_tokens` tokens (L below).
 
+    Args:
+        longest: documents are cut after so many tokens.
     Returns:
         tokens: [L] int64, the mask token wherever no document is.
         is_response: [L] bool, false on padding.
@@ -241,25 +325,25 @@ def materialise(
         position: [L] int64, from 0 in each document and in the rest.
         num_tokens: int64 document tokens.
     """
-    tokens = np.full(sample_length, mask_token_id, np.int64)
-    is_response = np.zeros(sample_length, bool)
-    document = np.zeros(sample_length, np.int64)
-    position = np.zeros(sample_length, np.int64)
-    start = num_tokens = 0
+    tokens = np.full(num_tokens, mask_token_id, np.int64)
+    is_response = np.zeros(num_tokens, bool)
+    document = np.zeros(num_tokens, np.int64)
+    position = np.zeros(num_tokens, np.int64)
+    start = num_document_tokens = 0
     for label, number in enumerate(numbers, start=1):
         begin = documents.offsets[number]
-        length = int(min(documents.offsets[number + 1] - begin, sample_length))
+        length = int(min(documents.offsets[number + 1] - begin, longest))
         end = start - (-length // block_size) * block_size
         tokens[start : start + length] = documents.tokens[begin : begin + length]
         is_response[start : start + length] = documents.is_response[begin : begin + length]
         document[start:end] = label
         position[start:end] = np.arange(end - start)
-        start, num_tokens = end, num_tokens + length
-    position[start:] = np.arange(sample_length - start)
+        start, num_document_tokens = end, num_document_tokens + length
+    position[start:] = np.arange(num_tokens - start)
     return {
         "tokens": tokens,
         "is_response": is_response,
         "document": document,
         "position": position,
-        "num_tokens": np.int64(num_tokens),
+        "num_tokens": np.int64(num_document_tokens),
     }

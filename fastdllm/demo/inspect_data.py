@@ -60,7 +60,7 @@ def inspect_data(
     """Print the first `rows` samples of a run, preparing its data if that was not done before."""
     console = console or Console(highlight=False)
     module = AdaptDataModule(
-        data, tokenizer, mask_token_id=mask_token_id, block_size=objective.block_size, seed=seed, micro_batch_size=1
+        data, tokenizer, mask_token_id=mask_token_id, objective=objective, seed=seed, micro_batch_size=1
     )
     module.prepare_data()
     samples = TrainingSamples(module.training, seed, samples_per_step=1)

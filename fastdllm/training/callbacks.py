@@ -12,7 +12,7 @@ from fastdllm.decoding.engine import Engine
 from fastdllm.decoding.rows import Completion, Request
 from fastdllm.runtime import device_name, peak_flops
 from fastdllm.training.clock import Clock
-from fastdllm.training.module import AdaptModule, Meter, add_over_processes, learning_rate_factor
+from fastdllm.training.module import COUNTERS, AdaptModule, Meter, add_over_processes, learning_rate_factor
 from fastdllm.training.strategies import deepspeed_gradient_norm
 
 
@@ -23,8 +23,10 @@ class Progress(Callback):
         self.clock = clock
         self.reported_step = 0
         self.first_step = 0
-        self._since = (0.0, [0.0, 0.0, 0.0])  # seconds and counters at the last report
+        self._since = (0.0, [0.0] * len(COUNTERS))  # seconds and counters at the last report
         self._loss = math.nan
+        self._idle_since = 0.0  # when the last batch was done with
+        self._waited = 0.0  # seconds without a batch since the last report
 
     def on_train_start(self, trainer: Trainer, module: AdaptModule) -> None:
         self.clock.start()
@@ -32,7 +34,14 @@ class Progress(Callback):
         if trainer.is_global_zero and peak_flops(module.device) is None:
             print(f"no MFU is logged: the peak of {device_name(module.device)} is not known", flush=True)
 
+    def on_train_batch_start(self, trainer: Trainer, module: AdaptModule, batch, batch_idx: int) -> None:
+        self._waited += self.clock.seconds() - self._idle_since
+
     def on_train_batch_end(self, trainer: Trainer, module: AdaptModule, outputs, batch, batch_idx: int) -> None:
+        self._report(trainer, module)
+        self._idle_since = self.clock.seconds()
+
+    def _report(self, trainer: Trainer, module: AdaptModule) -> None:
         step = trainer.global_step
         if step == self.reported_step or not (module.is_reported(step) or trainer.should_stop):
             return
@@ -61,9 +70,12 @@ class Progress(Callback):
         counters = add_over_processes(module.counters).tolist()  # waits for the device
         seconds = self.clock.seconds()
         spent = seconds - self._since[0]
-        tokens, rows, operations = (now - then for now, then in zip(counters, self._since[1], strict=True))
+        tokens, rows, operations, dead = (now - then for now, then in zip(counters, self._since[1], strict=True))
         self._since = (seconds, counters)
         values = {"throughput/tokens_per_second": tokens / spent, "throughput/rows_per_second": rows / spent}
+        values |= {"throughput/rows_per_token": rows / tokens, "throughput/dead_rows": dead / rows}
+        values["throughput/data_wait"] = self._waited / spent
+        self._waited = 0.0
         values["data/tokens"] = module.earlier_data_tokens + counters[0]
         device = module.device
         if device.type == "cuda":

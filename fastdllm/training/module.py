@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from fastdllm.masks import (
+    EMPTY,
     BlockMaskBuilder,
     ContextAttention,
     Rows,
@@ -17,19 +18,22 @@ from fastdllm.masks import (
     dense_attention_mask,
     training_attention,
 )
-from fastdllm.model import BlockDiffusionLM, forward_flops
+from fastdllm.model import BlockDiffusionLM, ChosenRows, PassSize, Recompute, forward_flops, training_form
 from fastdllm.objective import (
     ObjectiveConfig,
     Targets,
     autoregressive_inputs,
     block_diffusion_inputs,
+    drop_dead_rows,
+    scored_rows,
     token_losses,
-    weighted_sum,
 )
 from fastdllm.training.strategies import clip_gradients, shard
 
 NUM_NOISE_BINS = 10
 NEXT_TOKEN_BIN = NUM_NOISE_BINS  # targets of the autoregressive loss have no noise level
+COUNTERS = ("tokens", "rows", "operations", "dead_rows")
+WARMUP_MICRO_BATCHES = 2
 BACKWARD_AND_FORWARD = 3  # the backward pass costs two forward passes
 
 
@@ -82,48 +86,71 @@ def learning_rate_factor(step: int, max_steps: int, config: OptimizerConfig) -> 
 
 
 class Scores(NamedTuple):
-    """What a training pass gives: M scored predictions and what they cost."""
+    """What a training pass gives: M rows that predict something, filled up with ones of weight 0, and their cost."""
 
+    total: Tensor
+    """float32 []: the losses times their weights, summed; what has a gradient."""
     loss: Tensor
     """[M] float32, in nats."""
     is_correct: Tensor
     """[M] bool."""
     targets: Targets
-    num_rows: int
-    """Rows through the layers."""
-    num_pairs: Tensor
-    """(query, key) pairs that the attention mask allows, one layer and head."""
+    """Each [M]."""
+    size: PassSize
+    num_dead_rows: Tensor
+    """int64 []: rows computed that the loss does not depend on."""
 
 
 class TrainingPass(nn.Module):
     """One forward pass of the objective; a module of its own because sharding gathers weights around `forward`."""
 
-    def __init__(self, model: BlockDiffusionLM, objective: ObjectiveConfig):
+    def __init__(self, model: BlockDiffusionLM, objective: ObjectiveConfig, sample_length: int):
         super().__init__()
-        self.model, self.objective = model, objective
-        self._builder: BlockMaskBuilder | None = None
+        self.model, self.objective, self.shape = model, objective, objective.sample_shape(sample_length)
+        self._builders: dict[tuple, BlockMaskBuilder] = {}
 
     def forward(self, batch: dict[str, Tensor]) -> Scores:
         """Return the scores of a collated batch."""
         model, objective = self.model, self.objective
-        if objective.kind == "autoregressive":
-            (tokens, rows, targets), context = autoregressive_inputs(batch), "causal"
-        else:
-            tokens, rows, targets = block_diffusion_inputs(batch, objective, model.mask_token_id)
-            context = objective.context_attention
-        attention_mask = self._attention_mask(rows, context)
-        hidden = model.hidden_states(tokens, rows.position, attention_mask)  # [B, R, C]
-        loss, is_correct = token_losses(hidden.flatten(0, 1)[targets.row], model.qwen.lm_head.weight, targets.token)
-        num_pairs = count_attention_pairs(rows, objective.block_size, context)
-        return Scores(loss, is_correct, targets, tokens.numel(), num_pairs)
+        tokens, rows, targets = self._rows(batch)
+        mask = self._attention_mask(rows)
+        chosen, queries = None, rows
+        if self.shape.num_targets < self.shape.num_rows:
+            index, targets = scored_rows(targets, self.shape.num_targets)
+            queries = Rows(*(tensor.gather(1, index) for tensor in rows))
+            chosen = ChosenRows(index, self._attention_mask(rows, queries))
+        hidden = model.hidden_states(tokens, rows.position, mask, chosen=chosen)  # [B, T, C]
+        targets = Targets(*(tensor.flatten() for tensor in targets))
+        total, loss, is_correct = token_losses(
+            hidden.flatten(0, 1), model.qwen.lm_head.weight, targets.token, targets.weight
+        )
+        seen = [count_attention_pairs(some, objective.block_size, self._context) for some in (rows, queries)]
+        size = PassSize(tokens.numel(), targets.token.numel(), seen[0].sum(), seen[1].sum(), targets.token.numel())
+        return Scores(total, loss, is_correct, targets, size, (rows.document == EMPTY).sum())
 
-    def _attention_mask(self, rows: Rows, context: ContextAttention) -> Tensor | BlockMask:
-        if not rows.position.is_cuda:  # FlexAttention has no backward pass on the CPU
-            predicate = training_attention(rows, self.objective.block_size, context)
-            return dense_attention_mask(predicate, *rows.position.shape, rows.position.device)
-        if self._builder is None or not self._builder.fits(rows):
-            self._builder = BlockMaskBuilder(rows, self.objective.block_size, context)
-        return self._builder.build(rows)
+    @property
+    def _context(self) -> ContextAttention:
+        return "causal" if self.objective.kind == "autoregressive" else self.objective.context_attention
+
+    def _rows(self, batch: dict[str, Tensor]) -> tuple[Tensor, Rows, Targets]:
+        objective = self.objective
+        if objective.kind == "autoregressive":
+            return autoregressive_inputs(batch)
+        inputs = block_diffusion_inputs(batch, objective, self.model.mask_token_id)
+        if not objective.drop_dead_rows:
+            return inputs
+        return drop_dead_rows(*inputs, objective.block_size, self.shape.num_rows)
+
+    def _attention_mask(self, rows: Rows, queries: Rows | None = None) -> Tensor | BlockMask:
+        (batch_size, num_rows), device = rows.position.shape, rows.position.device
+        num_queries = num_rows if queries is None else queries.position.shape[1]
+        if device.type != "cuda":  # FlexAttention has no backward pass on the CPU
+            predicate = training_attention(rows, self.objective.block_size, self._context, queries)
+            return dense_attention_mask(predicate, batch_size, num_rows, device, num_queries)
+        shape = (batch_size, num_queries, num_rows)
+        if shape not in self._builders:
+            self._builders[shape] = BlockMaskBuilder(*shape, self.objective.block_size, self._context, device)
+        return self._builders[shape].build(rows, queries)
 
 
 class Meter:
@@ -136,10 +163,11 @@ class Meter:
 
     def add(self, scores: Scores, objective: Tensor, num_tokens: Tensor) -> None:
         """Count a micro-batch; `objective` [] is its part of the step's loss, before any scaling for averages."""
-        level = scores.targets.noise_level.float()
+        level = scores.targets.noise_level
         index = (level.nan_to_num(0.0) * NUM_NOISE_BINS).long().clamp(max=NUM_NOISE_BINS - 1)
         index = torch.where(level.isnan(), NEXT_TOKEN_BIN, index)
         member = nn.functional.one_hot(index, NUM_NOISE_BINS + 1).double()  # [M, bins]; a product has a fixed order
+        member *= (scores.targets.weight > 0)[:, None]
         values = torch.stack([scores.loss.detach(), scores.is_correct, torch.ones_like(scores.loss)], dim=1).double()
         self.bins += member.T @ values
         self.objective += objective.detach()
@@ -188,21 +216,25 @@ class AdaptModule(LightningModule):
         optimizer: OptimizerConfig,
         max_steps: int,
         log_every: int,
+        sample_length: int,
         compute_dtype: torch.dtype = torch.float32,
         compile_layers: bool = False,
+        recompute: Recompute = "none",
         data_tokens: int = 0,
     ):
         super().__init__()
-        self.scoring = TrainingPass(model.train(), objective)
+        self.scoring = TrainingPass(model.train(), objective, sample_length)
+        self.recompute = recompute
         self.optimizer_config, self.max_steps, self.log_every = optimizer, max_steps, log_every
         self.compute_dtype, self.compile_layers = compute_dtype, compile_layers
         self.earlier_data_tokens = data_tokens  # of all processes, before this start
         self.meter: Meter | None = None  # since the last report, which replaces it
         self.step_loss: Tensor | None = None  # of this process, this optimizer step
         self.validation_meter: Meter | None = None
-        self.counters: Tensor | None = None  # [3] float64 since this start: document tokens, rows, operations
+        self.counters: Tensor | None = None  # float64 since this start, see COUNTERS
         self.gradient_norm: Tensor | None = None
         self._is_configured = False
+        self._num_micro_batches = 0
 
     @property
     def model(self) -> BlockDiffusionLM:
@@ -213,10 +245,9 @@ class AdaptModule(LightningModule):
         if self._is_configured:
             return
         self._is_configured = True
-        layers = self.model.qwen.model.layers
-        if self.compile_layers:
-            for layer in layers:
-                layer.compile(dynamic=False)
+        model, layers = self.model, self.model.qwen.model.layers
+        model.run_layer = training_form(model.run_layer, self.recompute, self.compile_layers)
+        model.run_last_layer = training_form(model.run_last_layer, self.recompute, self.compile_layers)
         if self.device_mesh is not None:
             shard(self.scoring, layers, self.device_mesh, self.compute_dtype)
 
@@ -247,7 +278,7 @@ class AdaptModule(LightningModule):
         self.gradient_norm = clip_gradients(self, gradient_clip_val or math.inf)
 
     def on_train_start(self) -> None:
-        self.counters = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.counters = torch.zeros(len(COUNTERS), dtype=torch.float64, device=self.device)
         self.meter = Meter(self.device)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -255,21 +286,30 @@ class AdaptModule(LightningModule):
         accumulate = self.trainer.accumulate_grad_batches
         if batch_idx % accumulate == 0:
             self.step_loss = torch.zeros((), device=self.device)
+        num_graphs = _num_compiled_graphs()
         scores, objective = self._score(batch)
+        self._check_compilation(_num_compiled_graphs() - num_graphs)
         self.step_loss += objective.detach()
         self.meter.add(scores, objective, batch["num_tokens"])
-        config = self.model.qwen.config
-        flops = BACKWARD_AND_FORWARD * forward_flops(config, scores.num_rows, scores.num_pairs, scores.loss.numel())
-        self.counters[0] += batch["num_tokens"].sum()
-        self.counters[1] += scores.num_rows
-        self.counters[2] += flops
+        flops = BACKWARD_AND_FORWARD * forward_flops(self.model.qwen.config, scores.size)
+        counts = (batch["num_tokens"].sum(), scores.size.num_rows, flops, scores.num_dead_rows)
+        for number, count in enumerate(counts):
+            self.counters[number] += count
         return objective * (self.trainer.world_size * accumulate)
+
+    def _check_compilation(self, num_new_graphs: int) -> None:
+        """Raise a RuntimeError if a micro-batch after the first two compiled something: shapes must not change."""
+        self._num_micro_batches += 1
+        if num_new_graphs and self._num_micro_batches > WARMUP_MICRO_BATCHES:
+            raise RuntimeError(
+                f"{num_new_graphs} graphs were compiled again in micro-batch {self._num_micro_batches} of this start: "
+                "training shapes must not change. TORCH_LOGS=recompiles says why; --compile none trains without."
+            )
 
     def _score(self, batch: dict[str, Tensor]) -> tuple[Scores, Tensor]:
         """Return the scores and their sum over the number of targets in the whole optimizer step, float32 []."""
         scores = self.scoring(batch)
-        total = weighted_sum(scores.loss, scores.targets, self.scoring.objective.ar_loss_weight)
-        return scores, total / batch["step_targets"][0]
+        return scores, scores.total / batch["step_targets"][0]
 
     def is_reported(self, step: int) -> bool:
         """Return whether optimizer step `step` (from 1) goes to the log."""
@@ -286,6 +326,10 @@ class AdaptModule(LightningModule):
         """Return the document tokens of the run so far, over all processes, which must all call this."""
         since_start = 0 if self.counters is None else int(add_over_processes(self.counters)[0])
         return self.earlier_data_tokens + since_start
+
+
+def _num_compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:

@@ -22,7 +22,7 @@ from fastdllm.data.sources import check_source
 from fastdllm.decoding.engine import DecodeConfig, Engine
 from fastdllm.decoding.rows import Request
 from fastdllm.masks import FLEX_TILE
-from fastdllm.model import BlockDiffusionLM
+from fastdllm.model import BlockDiffusionLM, Recompute
 from fastdllm.objective import ObjectiveConfig
 from fastdllm.runtime import device_name, get_optimal_dtype, memory_bytes, pick_device, write_text
 from fastdllm.training.callbacks import Progress, TextSamples, TimeLimit
@@ -60,6 +60,7 @@ KNOWN_WARNINGS = (
     ".*all_gather_into_tensor.*",  # DeepSpeed 0.19 on torch 2.13
     "Since DeepSpeed handles gradient clipping.*",  # our own clipping leaves it to DeepSpeed
     "When saving the DeepSpeed Stage 3 checkpoint.*",  # the export reads the shards
+    ".*Detected that context_fn is passed to torch.utils.checkpoint.*",  # our layers have no in-place operations
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -97,6 +98,9 @@ class TrainConfig:
     under DeepSpeed the passes use, and gradients are added up in, a bf16 copy."""
     compile: Literal["auto", "layers", "none"] = "auto"
     """Compile the layers one by one; auto does it on CUDA."""
+    recompute: Recompute = "none"
+    """What the backward pass works out again to save memory: none; selective, all but the outputs of matrix products
+    and attention (needs compiled layers); full, whole layers."""
     micro_batch_size: int = 1
     """Samples that one device takes at a time, 1 or more."""
     global_batch_size: int = 256
@@ -276,7 +280,7 @@ def preflight(config: TrainConfig, setup: Setup) -> None:
         is_half_precision=setup.precision != "fp32",
         world_size=setup.world_size,
         micro_batch_size=config.micro_batch_size,
-        rows_per_sample=config.data.sample_length * (1 if config.objective.kind == "autoregressive" else 3),
+        rows_per_sample=config.objective.sample_shape(config.data.sample_length).num_rows,
         is_cuda=device.type == "cuda",
     )
     free = memory_bytes(device) // (1 if device.type == "cuda" else setup.devices)  # CPU processes share it
@@ -295,6 +299,7 @@ def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapsh
     """Train from the snapshot, or from the source, to the last step."""
     if setup.accelerator == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+        warnings.filterwarnings("error", message="flex_attention called without torch.compile")
     is_autoregressive = config.objective.kind == "autoregressive"
     model = BlockDiffusionLM(
         source.qwen,
@@ -308,15 +313,17 @@ def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapsh
         optimizer=config.optimizer,
         max_steps=config.max_steps,
         log_every=config.log_every,
+        sample_length=config.data.sample_length,
         compute_dtype=DTYPES[setup.precision],
         compile_layers=config.compile == "layers" or (config.compile == "auto" and setup.accelerator == "cuda"),
+        recompute=config.recompute,
         data_tokens=snapshot.data_tokens if snapshot else 0,
     )
     data = AdaptDataModule(
         config.data,
         source.tokenizer,
         mask_token_id=source.mask_token_id,
-        block_size=config.objective.block_size,
+        objective=config.objective,
         seed=config.seed,
         micro_batch_size=config.micro_batch_size,
     )

@@ -86,7 +86,7 @@ def shard(root: nn.Module, layers: nn.ModuleList, mesh: Any, compute_dtype: torc
     ranks apart without a word, hence the check at the end.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in layers:
+    for layer in layers[:-1]:  # the last layer's submodules are called one by one: the root gathers them
         fully_shard(layer, mesh=mesh["data_parallel"], mp_policy=policy)
     fully_shard(root, mesh=mesh["data_parallel"], mp_policy=policy)
     whole = [name for name, parameter in root.named_parameters() if not isinstance(parameter, DTensor)]

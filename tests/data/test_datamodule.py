@@ -8,6 +8,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fastdllm.data.datamodule import AdaptDataModule, BatchPlan, DataConfig, StepSampler, TrainingSamples
+from fastdllm.objective import ObjectiveConfig
 
 FAST = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
@@ -53,7 +54,7 @@ def make_module(tmp_path, byte_tokenizer):
             config,
             byte_tokenizer,
             mask_token_id=mask_token_id,
-            block_size=8,
+            objective=ObjectiveConfig(block_size=8),
             seed=seed,
             micro_batch_size=micro_batch_size,
         )
@@ -222,6 +223,8 @@ def test_a_separate_validation_file_is_used_and_limited(make_module, tmp_path):
     module = opened(make_module(validation_path=str(tmp_path / "other.jsonl")))
     assert module.validation.documents.meta["documents"] == 7
     assert len(opened(make_module()).validation) == 0
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, rows(40))))
+    module = opened(make_module(validation_path=str(tmp_path / "other.jsonl")))
     limited = opened(make_module(validation_path=str(tmp_path / "other.jsonl"), validation_samples=1))
     assert len(limited.validation) == 1 < len(module.validation)
 
@@ -230,7 +233,8 @@ def test_the_run_says_how_many_epochs_it_asks_for(make_module, capsys):
     module = make_module()
     fit(module, steps=50)
     epochs = 200 / len(module.training)
-    assert f"{200 * 256:,} tokens in 200 samples: {epochs:.2f} epochs" in capsys.readouterr().out
+    num_tokens = round(epochs * module.tokens_per_epoch)
+    assert f"{num_tokens:,} tokens in 200 samples: {epochs:.2f} epochs" in capsys.readouterr().out
     assert module.tokens_per_epoch == module.training.packing.num_tokens.sum()
 
 

@@ -2,12 +2,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from fastdllm.data.documents import Documents
 from fastdllm.data.packing import PackedSamples, pack
+from fastdllm.objective import ObjectiveConfig, block_diffusion_inputs, draw_noise, drop_dead_rows
 
 MASK_TOKEN_ID = 259
-SHAPE = {"sample_length": 64, "block_size": 8, "mask_token_id": MASK_TOKEN_ID}
+ALL_ROWS = ObjectiveConfig(block_size=8, drop_dead_rows=False)
+SHAPE = {"objective": ALL_ROWS, "sample_length": 64, "mask_token_id": MASK_TOKEN_ID}
 
 
 def write_documents(folder, lengths, responses=None, seed=0):
@@ -27,8 +30,8 @@ def write_documents(folder, lengths, responses=None, seed=0):
 
 def packed(documents, **changes):
     fields = {**SHAPE, "long_documents": "drop", "held_out_samples": 0, **changes}
-    train, held_out = pack(documents, **fields)
-    return PackedSamples(documents, train, **SHAPE), PackedSamples(documents, held_out, **SHAPE)
+    shape = {name: fields[name] for name in SHAPE}
+    return tuple(PackedSamples(documents, part, **shape) for part in pack(documents, **fields))
 
 
 def random_lengths(count=300, low=2, high=64):
@@ -59,7 +62,7 @@ def test_documents_start_on_blocks_and_positions_restart(tmp_path):
         sample = samples[number]
         document, position = sample["document"], sample["position"]
         starts = np.flatnonzero(np.diff(document, prepend=-1))
-        assert (starts % SHAPE["block_size"] == 0).all()
+        assert (starts % 8 == 0).all()
         for begin, end in zip(starts, [*starts[1:], len(document)], strict=True):
             np.testing.assert_array_equal(position[begin:end], np.arange(end - begin))
         is_padding = sample["tokens"] == MASK_TOKEN_ID
@@ -138,7 +141,7 @@ def test_packing_is_deterministic_and_kept(tmp_path):
 def test_a_length_that_is_no_multiple_of_the_block_names_one_that_is(tmp_path):
     documents = write_documents(tmp_path / "d", [20])
     with pytest.raises(ValueError, match="got 60; try 56"):
-        pack(documents, sample_length=60, block_size=8, mask_token_id=1, long_documents="drop")
+        pack(documents, objective=ALL_ROWS, sample_length=60, mask_token_id=1, long_documents="drop")
 
 
 def test_the_scan_does_not_depend_on_its_window(tmp_path, monkeypatch):
@@ -147,3 +150,44 @@ def test_the_scan_does_not_depend_on_its_window(tmp_path, monkeypatch):
     monkeypatch.setattr("fastdllm.data.packing.TOKENS_PER_SCAN", 100)
     windows, _ = packed(write_documents(tmp_path / "e", random_lengths()))
     np.testing.assert_array_equal(whole.packing.num_targets, windows.packing.num_targets)
+
+
+OBJECTIVES = [
+    ObjectiveConfig(block_size=8),
+    ObjectiveConfig(block_size=8, first_token="clean"),
+    ObjectiveConfig(block_size=8, context_attention="causal", ar_loss_weight=0.3),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["published", "first_clean", "ar_loss"])
+def test_a_sample_holds_what_its_needed_rows_leave_room_for(tmp_path, objective):
+    generator = np.random.default_rng(2)
+    lengths = generator.integers(2, 65, 400)
+    responses = (lengths * generator.random(400)).astype(int)
+    documents = write_documents(tmp_path / "d", lengths, responses)
+    samples, _ = packed(documents, objective=objective)
+    shape, used = objective.sample_shape(64), 0
+    for number in range(len(samples)):
+        sample = samples[number]
+        batch = {name: torch.as_tensor(value)[None] for name, value in sample.items()}
+        level, is_masked_first = draw_noise(0, number, shape.num_tokens, 8)
+        batch |= {"noise_level": level[None], "is_masked_first": is_masked_first[None]}
+        tokens, rows, targets = block_diffusion_inputs(batch, objective, MASK_TOKEN_ID)
+        kept, kept_rows, kept_targets = drop_dead_rows(tokens, rows, targets, 8, shape.num_rows)  # refuses too many
+        assert (kept_targets.weight > 0).sum() == (targets.weight > 0).sum() <= shape.num_targets
+        used += int((kept_rows.document > 0).sum())
+    assert samples.packing.fill >= 0.9
+    # what the noise leaves without a label comes on top: at blocks of 8 about a tenth of the noised ones
+    assert 0.85 * samples.packing.fill <= used / (len(samples) * shape.num_rows) <= samples.packing.fill
+    everything, _ = packed(documents)
+    assert len(samples) < 0.85 * len(everything)
+    assert samples.packing.num_tokens.sum() == everything.packing.num_tokens.sum()
+
+
+def test_dead_rows_of_a_chat_document_are_counted_by_hand(tmp_path):
+    """32 tokens, the last 12 supervised: targets from position 20 on, predicted by rows 19..30, in blocks 2 and 3."""
+    documents = write_documents(tmp_path / "d", [32], responses=[12])
+    samples, _ = packed(documents, objective=OBJECTIVES[0])
+    assert samples.packing.fill == (2 * 2 + 3) / 24  # two blocks in each view, the clean blocks before the last
+    samples, _ = packed(documents, objective=OBJECTIVES[2])
+    assert samples.packing.fill == (2 * 2 + 4) / 24  # the last clean block predicts next tokens

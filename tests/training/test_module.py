@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fastdllm.model import PassSize
 from fastdllm.objective import Targets
 from fastdllm.training.module import Meter, OptimizerConfig, Scores, learning_rate_factor
 
@@ -26,13 +27,13 @@ def test_constant_schedule_stays_at_the_peak():
 def test_meter_sorts_targets_by_noise_level_and_next_token_apart():
     meter = Meter(torch.device("cpu"))
     targets = Targets(
-        row=torch.arange(5),
-        token=torch.arange(5),
-        noise_level=torch.tensor([0.05, 0.95, 1.0, 0.95, math.nan]),
-        is_next_token=torch.tensor([False, False, False, False, True]),
+        token=torch.arange(6),
+        weight=torch.tensor([1.0, 1.0, 1.0, 1.0, 0.3, 0.0]),  # the last row predicts nothing
+        noise_level=torch.tensor([0.05, 0.95, 1.0, 0.95, math.nan, 0.95]),
     )
-    loss = torch.tensor([1.0, 2.0, 4.0, 6.0, 100.0])
-    scores = Scores(loss, torch.tensor([True, False, True, False, True]), targets, num_rows=0, num_pairs=0)
+    loss = torch.tensor([1.0, 2.0, 4.0, 6.0, 100.0, 50.0])
+    is_correct = torch.tensor([True, False, True, False, True, True])
+    scores = Scores(torch.tensor(0.0), loss, is_correct, targets, PassSize(0, 0, 0, 0, 0), torch.tensor(0))
     meter.add(scores, torch.tensor(2.5), torch.tensor([3, 5]))
     values = meter.read()
     assert values["loss"] == 2.5
