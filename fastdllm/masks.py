@@ -17,6 +17,7 @@ Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, 
 CLEAN, VIEW_A, VIEW_B = 0, 1, 2
 EMPTY = -1
 FLEX_TILE = 128
+MOST_BLOCKS = 2**15  # of a document, and of documents in a sample: their product is below 2**31 / 3
 
 
 class Rows(NamedTuple):
@@ -88,6 +89,53 @@ def dense_attention_mask(
     return predicate(batch, head, queries.view(1, 1, -1, 1), keys.view(1, 1, 1, -1))
 
 
+class _Codes(NamedTuple):
+    """A row as integers that a kernel compares quickly; each [B, R] int32."""
+
+    own: Tensor
+    """The same for the rows of one block of one half."""
+    place: Tensor
+    """Grows with document, then block."""
+    first_place: Tensor
+    """`place` of the document's first block."""
+    clean_place: Tensor
+    """`place` of a clean row; beyond every place for others."""
+    order: Tensor
+    """A clean row's position, where clean rows attend token by token; 0 for others."""
+
+
+def _codes(rows: Rows, block_size: int, context_attention: ContextAttention) -> _Codes:
+    half, document, position = rows
+    first_place = document * MOST_BLOCKS
+    place = first_place + position // block_size
+    is_ordered = (half == CLEAN) & (context_attention == "causal")
+    codes = _Codes(
+        own=3 * place + half,
+        place=place,
+        first_place=first_place,
+        clean_place=torch.where(half == CLEAN, place, torch.iinfo(torch.int32).max),
+        order=torch.where(is_ordered, position, 0),
+    )
+    return _Codes(*(tensor.int() for tensor in codes))
+
+
+def _coded_attention(codes: _Codes, queries: _Codes, context_attention: ContextAttention) -> Predicate:
+    """Return the predicate of `training_attention` for the rows behind the codes, in a few comparisons."""
+
+    def in_blocks(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        clean_place = codes.clean_place[batch, key]
+        is_earlier = (clean_place < queries.place[batch, query]) & (clean_place >= queries.first_place[batch, query])
+        return (codes.own[batch, key] == queries.own[batch, query]) | is_earlier
+
+    def in_order(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        clean_place = codes.clean_place[batch, key]
+        is_earlier = (clean_place < queries.place[batch, query]) & (clean_place >= queries.first_place[batch, query])
+        is_own = codes.own[batch, key] == queries.own[batch, query]
+        return (is_own & (codes.order[batch, key] <= queries.order[batch, query])) | is_earlier
+
+    return in_blocks if context_attention == "block" else in_order
+
+
 class BlockMaskBuilder:
     """Builds the BlockMasks of training batches of one shape.
 
@@ -114,33 +162,33 @@ class BlockMaskBuilder:
                     "one."
                 )
         self.block_size, self.context_attention = block_size, context_attention
-        self.rows = _empty_rows(batch_size, num_rows, device)
-        self.queries = self.rows if num_queries == num_rows else _empty_rows(batch_size, num_queries, device)
-        self.predicate = training_attention(self.rows, block_size, context_attention, self.queries)
+        self.lengths = (num_queries, num_rows)
+        self.codes = _empty_codes(batch_size, num_rows, device)
+        self.query_codes = self.codes if num_queries == num_rows else _empty_codes(batch_size, num_queries, device)
+        self.predicate = _coded_attention(self.codes, self.query_codes, context_attention)
 
     def build(self, rows: Rows, queries: Rows | None = None) -> BlockMask:
         """Return the BlockMask of `queries` [B, T] (all rows, if None) on `rows` [B, R], which are whole blocks.
 
         Tiles without an allowed pair are left out; in full ones the predicate is not asked.
         """
-        for buffers, values in ((self.rows, rows), (self.queries, queries or rows)):
-            for buffer, tensor in zip(buffers, values, strict=True):
-                buffer.copy_(tensor)
-        is_used, is_full = self._tiles()
+        for buffers, some in ((self.codes, rows), (self.query_codes, queries or rows)):
+            for buffer, code in zip(buffers, _codes(some, self.block_size, self.context_attention), strict=True):
+                buffer.copy_(code)
+        is_used, is_full = self._tiles(rows, queries)
         return BlockMask.from_kv_blocks(
             *_tile_lists(is_used & ~is_full),
             *_tile_lists(is_full),
             BLOCK_SIZE=FLEX_TILE,
             mask_mod=self.predicate,
-            seq_lengths=(self.queries.position.shape[1], self.rows.position.shape[1]),
+            seq_lengths=self.lengths,
         )
 
-    def _tiles(self) -> tuple[Tensor, Tensor]:
+    def _tiles(self, rows: Rows, queries: Rows | None) -> tuple[Tensor, Tensor]:
         """Return which tiles hold an allowed pair, and which hold nothing else, [B, 1, T / 128, R / 128] bool."""
-        blocks = Rows(*(tensor[:, :: self.block_size] for tensor in self.rows))
-        # queries that are whole rows come in blocks as well, chosen ones one by one
-        stride = self.block_size if self.queries is self.rows else 1
-        queries = Rows(*(tensor[:, ::stride] for tensor in self.queries))
+        blocks = Rows(*(tensor[:, :: self.block_size] for tensor in rows))
+        stride = self.block_size if queries is None else 1  # all rows come in blocks, chosen ones one by one
+        queries = blocks if queries is None else queries
         batch_size, num_blocks = blocks.position.shape
         num_queries = queries.position.shape[1]
         seen = dense_attention_mask(
@@ -161,8 +209,8 @@ class BlockMaskBuilder:
         return seen.view(shape).any(5).any(3), seen_whole.view(shape).all(5).all(3)
 
 
-def _empty_rows(batch_size: int, num_rows: int, device: torch.device) -> Rows:
-    return Rows(*(torch.zeros(batch_size, num_rows, dtype=torch.int64, device=device) for _ in Rows._fields))
+def _empty_codes(batch_size: int, num_rows: int, device: torch.device) -> _Codes:
+    return _Codes(*(torch.zeros(batch_size, num_rows, dtype=torch.int32, device=device) for _ in _Codes._fields))
 
 
 def _tile_lists(is_listed: Tensor) -> tuple[Tensor, Tensor]:

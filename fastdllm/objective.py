@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fastdllm.masks import CLEAN, EMPTY, VIEW_A, Rows, clean_rows, training_rows
 
 MINIMUM_NOISE = 1e-3  # the paper's epsilon: no block is drawn with zero noise
-LOGITS_PER_PART = 2**27  # 256 MiB of half-precision logits at a time, and as much for their gradient
+LOGITS_PER_PART = 2**28 - 2**26  # 384 MiB of half-precision logits at a time; their gradient takes their place
 
 
 class SampleShape(NamedTuple):
@@ -212,23 +212,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head_weight, token, weight):
-        head = head_weight.to(hidden.dtype)
-        score = _compiled_scores() if hidden.is_cuda else _scores
-        hidden_gradient = torch.empty_like(hidden)
-        head_gradient = torch.zeros(
-            head.shape, dtype=torch.promote_types(head.dtype, torch.float32), device=head.device
-        )
-        losses, correct = [], []
-        rows = _rows_per_part(len(hidden), len(head))
-        for first in range(0, len(hidden), rows):
-            part = slice(first, first + rows)
-            logits = F.linear(hidden[part], head)  # [rows, V]
-            loss, is_correct, gradient = score(logits, token[part], weight[part])
-            torch.mm(gradient, head, out=hidden_gradient[part])
-            _add_product(head_gradient, gradient, hidden[part])
-            losses.append(loss)
-            correct.append(is_correct)
-        loss, is_correct = torch.cat(losses), torch.cat(correct)
+        with torch.autocast(hidden.device.type, enabled=False):  # it would undo the float32 sums
+            head = head_weight.to(hidden.dtype)
+            exact = torch.promote_types(head.dtype, torch.float32)
+            head_gradient = torch.zeros(head.shape, dtype=exact, device=head.device)
+            hidden_gradient, loss = torch.empty_like(hidden), torch.empty_like(weight, dtype=exact)
+            is_correct = torch.empty_like(token, dtype=torch.bool)
+            score = _compiled_scores() if hidden.is_cuda else _scores
+            rows = _rows_per_part(len(hidden), len(head))
+            for first in range(0, len(hidden), rows):
+                part = slice(first, first + rows)
+                logits = F.linear(hidden[part], head)  # [rows, V]
+                loss[part], is_correct[part] = score(logits, token[part], weight[part])
+                torch.mm(logits, head, out=hidden_gradient[part])  # what were logits is their gradient now
+                _add_product(head_gradient, logits, hidden[part])
         ctx.save_for_backward(hidden_gradient, head_gradient)
         ctx.head_dtype = head_weight.dtype
         ctx.mark_non_differentiable(loss, is_correct)
@@ -253,16 +250,19 @@ def token_losses(hidden: Tensor, head_weight: Tensor, token: Tensor, weight: Ten
     return _LinearCrossEntropy.apply(hidden, head_weight, token, weight)
 
 
-def _scores(logits: Tensor, token: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss [M], is_correct [M] and the weighted loss's gradient by the logits [M, V]; the softmax is float32."""
+def _scores(logits: Tensor, token: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return loss [M] and is_correct [M]; `logits` [M, V] become the weighted loss's gradient by them.
+
+    The softmax is float32.
+    """
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top, best = exact.max(-1)
     exponential = (exact - top[:, None]).exp()
     total = exponential.sum(-1)
     loss = total.log() + top - exact.gather(1, token[:, None]).squeeze(1)
     is_target = torch.arange(logits.shape[1], device=logits.device) == token[:, None]
-    gradient = (exponential / total[:, None] - is_target.to(exact.dtype)) * weight[:, None]
-    return loss, best == token, gradient.to(logits.dtype)
+    logits.copy_((exponential / total[:, None] - is_target.to(exact.dtype)) * weight[:, None])
+    return loss, best == token
 
 
 @cache
