@@ -54,6 +54,8 @@ class Snapshot:
     world_size: int
     is_last: bool
     """Whether training ended here: at max_steps or at its time limit."""
+    max_minutes: float = 0.0
+    """The time limit of the start that wrote it."""
 
     @property
     def state(self) -> Path:
@@ -144,8 +146,9 @@ def check_run(run: Path, config: Any) -> None:
 class SaveCheckpoints(Callback):
     """Saves every `every` optimizer steps and at the end; keeps the newest `keep` checkpoints."""
 
-    def __init__(self, checkpoints: Path, *, every: int, keep: int, strategy: str, clock: Clock):
+    def __init__(self, checkpoints: Path, *, every: int, keep: int, strategy: str, max_minutes: float, clock: Clock):
         self.checkpoints, self.every, self.keep, self.strategy, self.clock = checkpoints, every, keep, strategy, clock
+        self.max_minutes = max_minutes
         self.saved_step = 0
 
     def on_train_start(self, trainer: Trainer, module: AdaptModule) -> None:
@@ -177,6 +180,7 @@ class SaveCheckpoints(Callback):
             strategy=self.strategy,
             world_size=trainer.world_size,
             is_last=is_last,
+            max_minutes=self.max_minutes,
         )
         meta = {key: value for key, value in asdict(snapshot).items() if key != "folder"}
         write_text(partial / "meta.json", json.dumps(meta, indent=1) + "\n")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -194,8 +193,7 @@ def _is_done(config: TrainConfig, snapshot: Snapshot) -> bool:
     if snapshot.step == config.max_steps:
         print(f"{run_folder(config)} finished at step {snapshot.step}; nothing to do (--fresh starts anew)", flush=True)
         return True
-    before = yaml.safe_load((run_folder(config) / CONFIG_FILE).read_text())
-    if snapshot.is_last and before["max_minutes"] == config.max_minutes:
+    if snapshot.is_last and snapshot.max_minutes == config.max_minutes:
         print(
             f"{run_folder(config)} stopped at its time limit ({config.max_minutes:g} minutes) at step {snapshot.step} "
             f"of {config.max_steps}; raise --max_minutes to go on, --fresh starts anew",
@@ -381,6 +379,7 @@ def _callbacks(config: TrainConfig, setup: Setup, data: AdaptDataModule, source:
             every=config.checkpoint_every,
             keep=config.keep_checkpoints,
             strategy=setup.strategy,
+            max_minutes=config.max_minutes,
             clock=clock,
         )
     )

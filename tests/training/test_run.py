@@ -190,6 +190,15 @@ def test_a_run_stopped_by_its_time_limit_goes_on_with_a_larger_one(make_config, 
     assert newest_complete(run_folder(config) / "checkpoints").step == 4
 
 
+def test_a_process_that_comes_after_the_first_goes_on_too(make_config):
+    config = make_config(max_steps=4, max_minutes=1e-9)
+    train(config)
+    larger = dataclasses.replace(config, max_minutes=0.0)
+    (run_folder(config) / "config.yaml").write_text(to_yaml(larger))  # the first process was here
+    train(larger)
+    assert newest_complete(run_folder(config) / "checkpoints").step == 4
+
+
 def test_commands_export_and_convert(make_config, tmp_path, monkeypatch, capsys):
     config = make_config(max_steps=2)
     folder = train(config)
