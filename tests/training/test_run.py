@@ -16,13 +16,9 @@ from fastdllm.objective import ObjectiveConfig
 from fastdllm.training.export import export_run, read_weights
 from fastdllm.training.resume import newest_complete
 from fastdllm.training.run import TrainConfig, resolve, run_folder, train
-from training.conftest import ROOT, run_program
+from training.conftest import ROOT, exported_weights, run_program
 
 REFUSALS = (ValueError, FileNotFoundError, RuntimeError)
-
-
-def exported_weights(config):
-    return load_file(run_folder(config) / "export" / "model.safetensors")
 
 
 def events(config):
