@@ -1,5 +1,6 @@
 """Batches of packed samples whose order and noise are functions of (seed, global sample index) alone."""
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -272,7 +273,13 @@ class AdaptDataModule(LightningDataModule):
             num_workers=self.config.loader_workers,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
             persistent_workers=self.config.loader_workers > 0,
+            worker_init_fn=_outlive_sigterm,
         )
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Ignore the signal that a cluster sends to all processes of a job: the main one takes a last step and saves."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _PositionlessLoader(DataLoader):

@@ -96,8 +96,11 @@ def prepare_documents(config: SourceConfig, tokenizer: Any, cache_dir: str, num_
         meta = _write(aside, config, tokenizer, num_workers, num_rows)
         _report(meta, config, f"written to {folder}")
         aside.chmod(0o755)
-        if not folder.exists():  # another process may have been faster; both wrote the same
+        try:
             aside.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, and both wrote the same
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder

@@ -21,6 +21,7 @@ from fastdllm.cli import flatten, to_dict
 from fastdllm.runtime import write_text
 from fastdllm.training.clock import Clock
 from fastdllm.training.module import AdaptModule
+from fastdllm.training.requeue import StopOnSignal
 
 LOCK_FILE = "lock"
 CONFIG_FILE = "config.yaml"
@@ -53,7 +54,9 @@ class Snapshot:
     strategy: str
     world_size: int
     is_last: bool
-    """Whether training ended here: at max_steps or at its time limit."""
+    """Whether training ended here: at max_steps or at its time limit, not at a signal."""
+    max_minutes: float = 0.0
+    """The time limit of the start that wrote it."""
 
     @property
     def state(self) -> Path:
@@ -144,19 +147,38 @@ def check_run(run: Path, config: Any) -> None:
 class SaveCheckpoints(Callback):
     """Saves every `every` optimizer steps and at the end; keeps the newest `keep` checkpoints."""
 
-    def __init__(self, checkpoints: Path, *, every: int, keep: int, strategy: str, clock: Clock):
+    def __init__(
+        self,
+        checkpoints: Path,
+        *,
+        every: int,
+        keep: int,
+        strategy: str,
+        max_minutes: float,
+        stop: StopOnSignal,
+        clock: Clock,
+    ):
         self.checkpoints, self.every, self.keep, self.strategy, self.clock = checkpoints, every, keep, strategy, clock
+        self.max_minutes, self.stop = max_minutes, stop
         self.saved_step = 0
 
     def on_train_start(self, trainer: Trainer, module: AdaptModule) -> None:
+        """Raise a RuntimeError if this process resumed at another step than the first (a file system may lag)."""
         self.saved_step = trainer.global_step
+        first = trainer.strategy.broadcast(self.saved_step)
+        if first != self.saved_step:
+            raise RuntimeError(
+                f"process {trainer.global_rank} resumed at step {self.saved_step} and the first process at step "
+                f"{first}: {self.checkpoints} does not look the same to both; start again."
+            )
 
     def on_train_batch_end(self, trainer: Trainer, module: AdaptModule, outputs, batch, batch_idx: int) -> None:
         step = trainer.global_step
-        is_last = step == trainer.max_steps or trainer.should_stop
-        if step > self.saved_step and (is_last or step % self.every == 0):
+        is_end = step == trainer.max_steps or trainer.should_stop
+        if step > self.saved_step and (is_end or step % self.every == 0):
             with self.clock.paused():
-                self._save(trainer, module, step, is_last)
+                self._save(trainer, module, step, is_last=is_end and not self.stop.agreed)
+                trainer.strategy.barrier("checkpoint complete")  # so that no process leaves a save unfinished
             self.saved_step = step
 
     def _save(self, trainer: Trainer, module: AdaptModule, step: int, is_last: bool) -> None:
@@ -177,6 +199,7 @@ class SaveCheckpoints(Callback):
             strategy=self.strategy,
             world_size=trainer.world_size,
             is_last=is_last,
+            max_minutes=self.max_minutes,
         )
         meta = {key: value for key, value in asdict(snapshot).items() if key != "folder"}
         write_text(partial / "meta.json", json.dumps(meta, indent=1) + "\n")

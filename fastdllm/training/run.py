@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -30,6 +29,7 @@ from fastdllm.training.clock import Clock
 from fastdllm.training.export import EXPORT_FOLDER, exported_step, write_export
 from fastdllm.training.module import AdaptModule, OptimizerConfig
 from fastdllm.training.preflight import MemoryPlan, check_host_memory, check_memory
+from fastdllm.training.requeue import StopOnSignal, leave
 from fastdllm.training.resume import (
     CONFIG_FILE,
     SaveCheckpoints,
@@ -41,7 +41,14 @@ from fastdllm.training.resume import (
     remove_leftovers,
     remove_run,
 )
-from fastdllm.training.strategies import SHARDED, StrategyName, lightning_precision, make_strategy, resolve_strategy
+from fastdllm.training.strategies import (
+    SHARDED,
+    StrategyName,
+    cluster_plugins,
+    lightning_precision,
+    make_strategy,
+    resolve_strategy,
+)
 
 AT_LEAST_ONE = (
     "max_steps",
@@ -166,6 +173,8 @@ def run_folder(config: TrainConfig) -> Path:
 def train(config: TrainConfig) -> Path | None:
     """Train, resuming where the run folder stands, and return the export's folder (None on all but the first process).
 
+    SIGUSR1 and SIGTERM end training early, saved and without an export (requeue.py).
+
     Raises:
         ValueError, FileNotFoundError, RuntimeError: data, memory, devices or the run folder do not allow it; most
             is found before weights are loaded.
@@ -173,6 +182,7 @@ def train(config: TrainConfig) -> Path | None:
     _quieten_libraries()
     run, is_first = run_folder(config), rank_zero_only.rank == 0
     with ExitStack() as stack:
+        stop = stack.enter_context(StopOnSignal())
         setup = resolve(config)
         if is_first:
             stack.enter_context(locked(run))
@@ -189,18 +199,21 @@ def train(config: TrainConfig) -> Path | None:
         if is_first:
             _open_run(config)
         if not is_done:
-            _fit(config, setup, source, snapshot)
+            _fit(config, setup, source, snapshot, stop)
+        if stop.agreed:
+            return leave(stop.agreed, is_first)
         return write_export(run, source, config.objective, config.decode, config.task) if is_first else None
 
 
 def _is_done(config: TrainConfig, snapshot: Snapshot) -> bool:
     """Return whether there is nothing left to train, saying so: the last step, or an unchanged time limit."""
     if snapshot.step == config.max_steps:
-        print(f"{run_folder(config)} finished at step {snapshot.step}; nothing to do (--fresh starts anew)", flush=True)
+        rank_zero_only(print)(
+            f"{run_folder(config)} finished at step {snapshot.step}; nothing to do (--fresh starts anew)", flush=True
+        )
         return True
-    before = yaml.safe_load((run_folder(config) / CONFIG_FILE).read_text())
-    if snapshot.is_last and before["max_minutes"] == config.max_minutes:
-        print(
+    if snapshot.is_last and snapshot.max_minutes == config.max_minutes:
+        rank_zero_only(print)(
             f"{run_folder(config)} stopped at its time limit ({config.max_minutes:g} minutes) at step {snapshot.step} "
             f"of {config.max_steps}; raise --max_minutes to go on, --fresh starts anew",
             flush=True,
@@ -295,7 +308,7 @@ def preflight(config: TrainConfig, setup: Setup) -> None:
     )
 
 
-def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapshot | None) -> None:
+def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapshot | None, stop: StopOnSignal) -> None:
     """Train from the snapshot, or from the source, to the last step."""
     if setup.accelerator == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
@@ -329,13 +342,11 @@ def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapsh
     )
     if snapshot is not None:
         rank_zero_only(print)(f"resumed at step {snapshot.step}", flush=True)
-    trainer = _trainer(config, setup, data, source, snapshot)
+    trainer = _trainer(config, setup, snapshot, _callbacks(config, setup, data, source, stop))
     trainer.fit(module, data, ckpt_path=snapshot.state if snapshot else None)
 
 
-def _trainer(
-    config: TrainConfig, setup: Setup, data: AdaptDataModule, source: Checkpoint, snapshot: Snapshot | None
-) -> Trainer:
+def _trainer(config: TrainConfig, setup: Setup, snapshot: Snapshot | None, callbacks: list[Callback]) -> Trainer:
     first_step = snapshot.step if snapshot else 0
     return Trainer(
         accelerator=setup.accelerator,
@@ -354,18 +365,21 @@ def _trainer(
         log_every_n_steps=1,  # of self.log, which nothing here uses; its default warns about short runs
         use_distributed_sampler=False,
         logger=TensorBoardLogger(run_folder(config), name="", version="tensorboard", purge_step=first_step + 1),
-        callbacks=_callbacks(config, setup, data, source),
+        callbacks=callbacks,
+        plugins=cluster_plugins(),
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
     )
 
 
-def _callbacks(config: TrainConfig, setup: Setup, data: AdaptDataModule, source: Checkpoint) -> list[Callback]:
-    """Return the callbacks in the order in which they see a step: limit, report, samples, checkpoint."""
+def _callbacks(
+    config: TrainConfig, setup: Setup, data: AdaptDataModule, source: Checkpoint, stop: StopOnSignal
+) -> list[Callback]:
+    """Return the callbacks in the order in which they see a step: signal, limit, report, samples, checkpoint."""
     clock = Clock()
-    callbacks = [TimeLimit(config.max_minutes, clock)] if config.max_minutes else []
-    callbacks.append(Progress(clock))
+    limits = [TimeLimit(config.max_minutes, clock)] if config.max_minutes else []
+    callbacks = [stop, *limits, Progress(clock)]
     if config.sample_every and setup.strategy in SHARDED:
         rank_zero_only(print)(f"no text samples under {setup.strategy}: no process holds all weights", flush=True)
     elif config.sample_every:
@@ -388,6 +402,8 @@ def _callbacks(config: TrainConfig, setup: Setup, data: AdaptDataModule, source:
             every=config.checkpoint_every,
             keep=config.keep_checkpoints,
             strategy=setup.strategy,
+            max_minutes=config.max_minutes,
+            stop=stop,
             clock=clock,
         )
     )

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -61,6 +62,13 @@ def make_strategy(name: StrategyName, accelerator: str, world_size: int) -> Stra
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's own switch; else it looks for a GPU library
         return CPUDeepSpeedStrategy(stage=stage, process_group_backend="gloo", logging_level=logging.ERROR)
     return DeepSpeedStrategy(stage=stage, logging_level=logging.ERROR)
+
+
+def cluster_plugins() -> list[SLURMEnvironment]:
+    """Return Trainer's `plugins`: under srun, Slurm's environment without Lightning's requeueing, which saves at any
+    point of a step (ours: requeue.py); elsewhere Lightning finds out by itself."""
+    is_under_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if is_under_srun else []
 
 
 def lightning_precision(precision: Literal["bf16", "fp16", "fp32"], strategy: StrategyName) -> str:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VOCABULARY, make_qwen
+from safetensors.torch import load_file
 
 from fastdllm.checkpoint import add_mask_token, save_checkpoint
 from fastdllm.cli import to_yaml
 from fastdllm.data.datamodule import DataConfig
 from fastdllm.objective import ObjectiveConfig
 from fastdllm.training.module import OptimizerConfig
-from fastdllm.training.run import TrainConfig
+from fastdllm.training.run import TrainConfig, run_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,8 +73,16 @@ def make_config(source, tmp_path):
     return make
 
 
-def run_program(config: TrainConfig, kill_after: int = 0) -> list[str]:
-    """Run train.py on the config and return its lines; with kill_after, kill all its processes after that step."""
+def exported_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """Return the weights of the run's export."""
+    return load_file(run_folder(config) / "export" / "model.safetensors")
+
+
+def run_program(config: TrainConfig, kill_after: int = 0, sent: signal.Signals = signal.SIGKILL) -> list[str]:
+    """Run train.py on the config and return its lines.
+
+    After step kill_after, SIGKILL goes to all its processes, another signal to the one that was started.
+    """
     file = Path(config.output_dir) / f"{config.name}.yaml"
     file.write_text(to_yaml(config))
     program = subprocess.Popen(
@@ -89,7 +98,10 @@ def run_program(config: TrainConfig, kill_after: int = 0) -> list[str]:
     for line in program.stdout:
         lines.append(line.rstrip())
         if kill_after and line.startswith(f"step {kill_after}/"):
-            os.killpg(program.pid, signal.SIGKILL)
+            if sent != signal.SIGKILL:
+                os.kill(program.pid, sent)
+                continue
+            os.killpg(program.pid, sent)
             break
     program.wait()
     assert kill_after or program.returncode == 0, "\n".join(lines)

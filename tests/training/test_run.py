@@ -16,13 +16,9 @@ from fastdllm.objective import ObjectiveConfig
 from fastdllm.training.export import export_run, read_weights
 from fastdllm.training.resume import newest_complete
 from fastdllm.training.run import TrainConfig, resolve, run_folder, train
-from training.conftest import ROOT, run_program
+from training.conftest import ROOT, exported_weights, run_program
 
 REFUSALS = (ValueError, FileNotFoundError, RuntimeError)
-
-
-def exported_weights(config):
-    return load_file(run_folder(config) / "export" / "model.safetensors")
 
 
 def events(config):
@@ -187,6 +183,15 @@ def test_a_run_stopped_by_its_time_limit_goes_on_with_a_larger_one(make_config, 
     train(config)
     assert "stopped at its time limit (1e-09 minutes) at step 1 of 4" in capsys.readouterr().out
     train(dataclasses.replace(config, max_minutes=0.0))
+    assert newest_complete(run_folder(config) / "checkpoints").step == 4
+
+
+def test_a_process_that_comes_after_the_first_goes_on_too(make_config):
+    config = make_config(max_steps=4, max_minutes=1e-9)
+    train(config)
+    larger = dataclasses.replace(config, max_minutes=0.0)
+    (run_folder(config) / "config.yaml").write_text(to_yaml(larger))  # the first process was here
+    train(larger)
     assert newest_complete(run_folder(config) / "checkpoints").step == 4
 
 

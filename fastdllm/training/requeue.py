@@ -1,0 +1,72 @@
+"""Stopping on a signal: noted at once, agreed at an optimizer step, saved there, and under Slurm begun again."""
+
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from fastdllm.training.module import AdaptModule
+
+REQUEUE_SIGNAL = signal.SIGUSR1  # what sbatch's --signal sends before the time limit
+LEAVE_SIGNAL = signal.SIGTERM  # scancel, preemption, kill: save, and do not come back
+
+
+class StopOnSignal(Callback):
+    """Ends training at the optimizer step after a signal reached any process, at the same step on all of them.
+
+    As a context manager it notes SIGUSR1, so that one which comes before training counts too; SIGTERM is noted in
+    training only and ends the process as usual before and after it. The handlers do nothing but note the signal.
+    """
+
+    def __init__(self):
+        self.received = 0
+        self.agreed: signal.Signals | None = None
+        """The signal that ended training, the same on all processes; None while there was none."""
+
+    def __enter__(self) -> "StopOnSignal":
+        self._before = signal.signal(REQUEUE_SIGNAL, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(REQUEUE_SIGNAL, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def on_train_start(self, trainer: Trainer, module: AdaptModule) -> None:
+        # In place of Lightning's handler, which starts a collective wherever the process happens to be; Lightning puts
+        # the default back after training.
+        signal.signal(LEAVE_SIGNAL, self._note)
+
+    def on_train_batch_end(self, trainer: Trainer, module: AdaptModule, outputs, batch, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        # One number per optimizer step; reading it waits for the device, as Lightning does before every micro-batch.
+        number = int(trainer.strategy.reduce(torch.tensor(self.received, device=module.device), reduce_op="max"))
+        if number and trainer.global_step < trainer.max_steps:
+            self.agreed = signal.Signals(number)
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # a validation would use up the time that is left
+            if trainer.is_global_zero:
+                print(f"{self.agreed.name} at step {trainer.global_step}: saving and stopping", flush=True)
+
+
+def leave(agreed: signal.Signals, is_first: bool) -> None:
+    """Requeue the Slurm job after SIGUSR1, from the first process; otherwise end with the signal's exit status.
+
+    Raises:
+        RuntimeError: Slurm refused.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if agreed != REQUEUE_SIGNAL or job is None:
+        sys.exit(128 + agreed)
+    if not is_first:
+        return
+    print(f"requeueing job {job}, which goes on from the checkpoint", flush=True)
+    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if answer.returncode:
+        raise RuntimeError(f"scontrol requeue {job}: {answer.stderr.strip()}. All is saved: submit the job again.")
