@@ -70,5 +70,5 @@ class PublishedPass(TrainingPass):
 def _published_rows(batch: dict[str, Tensor]) -> Rows:
     document, position = (batch[name].repeat(2, 2) for name in ("document", "position"))
     L = batch["document"].shape[1]
-    half = torch.tensor([VIEW_A, CLEAN], device=document.device).repeat_interleave(L).expand_as(document)
-    return Rows(half, document, position)
+    half = torch.where(torch.arange(2 * L, device=document.device) < L, VIEW_A, CLEAN)
+    return Rows(half.expand_as(document), document, position)

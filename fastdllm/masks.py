@@ -40,7 +40,9 @@ def training_rows(document: Tensor, position: Tensor) -> Rows:
     Returns:
         Rows of [B, 3L].
     """
-    halves = torch.tensor([VIEW_A, VIEW_B, CLEAN], device=document.device).repeat_interleave(document.shape[1])
+    L = document.shape[1]
+    # worked out on the device: a constant copied to it would make the host wait for all that is queued
+    halves = (torch.arange(3 * L, device=document.device) // L + VIEW_A) % 3  # VIEW_A, VIEW_B, CLEAN
     return Rows(halves.expand(document.shape[0], -1), document.repeat(1, 3), position.repeat(1, 3))
 
 

@@ -18,6 +18,15 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, rotate_h
 from fastdllm.masks import ContextAttention
 
 ATTENTION_NAME = "fastdllm"
+# FlexAttention's tiles by head size, where its own choice is not the fastest: at 64 (0.5B, 8 x 6,144 rows, one H100)
+# 0.74 and 2.09 ms forward and backward against 1.03 and 2.33 ms. At 128 nothing tried was faster.
+FLEX_TILES = {
+    64: {
+        **{"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3},
+        **{"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64},
+        **{"bwd_num_warps": 4, "bwd_num_stages": 3},
+    }
+}
 
 
 class Cache(Protocol):
@@ -203,7 +212,8 @@ def _attention(
         repeats = query.shape[1] // key.shape[1]
         key, value = (x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for x in (key, value))
         attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
-        output = attend(query, key, value, block_mask=attention_mask, scale=options["scaling"])
+        tiles = FLEX_TILES.get(query.shape[-1])
+        output = attend(query, key, value, block_mask=attention_mask, scale=options["scaling"], kernel_options=tiles)
     else:
         scale = options["scaling"]
         output = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scale, enable_gqa=True)
