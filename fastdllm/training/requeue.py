@@ -45,8 +45,9 @@ class StopOnSignal(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: AdaptModule, outputs, batch, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        # One number per optimizer step; reading it waits for the device, as Lightning does before every micro-batch.
-        number = int(trainer.strategy.reduce(torch.tensor(self.received, device=module.device), reduce_op="max"))
+        number = self.received
+        if trainer.world_size > 1:  # reading it waits for the device, as Lightning does before every micro-batch
+            number = int(trainer.strategy.reduce(torch.tensor(number, device=module.device), reduce_op="max"))
         if number and trainer.global_step < trainer.max_steps:
             self.agreed = signal.Signals(number)
             trainer.should_stop = True
