@@ -179,7 +179,7 @@ def training_form(function: Callable, recompute: Recompute, is_compiled: bool) -
 
     Args:
         recompute: what the backward pass works out again instead of keeping it: nothing, all but the outputs of matrix
-            products and of attention ("selective", which needs compiled layers), or the whole layer ("full").
+            products and of attention ("selective"), or the whole layer ("full").
     """
     options = {"context_fn": _selective_contexts} if recompute == "selective" else {}
 

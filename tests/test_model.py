@@ -43,13 +43,14 @@ def test_chosen_rows_equal_those_of_a_whole_pass_with_gradients():
         assert_close(gradient, expected, atol=1e-4, rtol=1e-4)  # sums of thousands of products, in another order
 
 
-def test_recomputed_layers_give_the_same_gradients():
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_layers_give_the_same_gradients(recompute):
     model = make_model()
     *inputs, chosen = make_inputs()
     weights = list(model.parameters())
     expected = torch.autograd.grad(model.hidden_states(*inputs, chosen=chosen).square().sum(), weights)
-    model.run_layer = training_form(run_layer, "full", is_compiled=False)
-    model.run_last_layer = training_form(run_last_layer, "full", is_compiled=False)
+    model.run_layer = training_form(run_layer, recompute, is_compiled=False)
+    model.run_last_layer = training_form(run_last_layer, recompute, is_compiled=False)
     ours = torch.autograd.grad(model.hidden_states(*inputs, chosen=chosen).square().sum(), weights)
     for gradient, other in zip(ours, expected, strict=True):
         assert_close(gradient, other, rtol=0, atol=0)
