@@ -30,18 +30,17 @@ from fastdllm.training.clock import Clock
 from fastdllm.training.export import EXPORT_FOLDER, exported_step, write_export
 from fastdllm.training.module import AdaptModule, OptimizerConfig
 from fastdllm.training.preflight import MemoryPlan, check_host_memory, check_memory
-from fastdllm.training.resume import (
-    CONFIG_FILE,
-    SaveCheckpoints,
-    Snapshot,
-    check_run,
-    check_world_size,
-    locked,
-    newest_complete,
-    remove_leftovers,
-    remove_run,
+from fastdllm.training.resume import CONFIG_FILE, SaveCheckpoints, check_run, locked, remove_run
+from fastdllm.training.snapshots import Snapshot, newest_complete, remove_leftovers
+from fastdllm.training.strategies import (
+    SHARDED,
+    StrategyName,
+    connect,
+    lightning_precision,
+    make_strategy,
+    reshard_zero,
+    resolve_strategy,
 )
-from fastdllm.training.strategies import SHARDED, StrategyName, lightning_precision, make_strategy, resolve_strategy
 
 AT_LEAST_ONE = (
     "max_steps",
@@ -173,17 +172,15 @@ def train(config: TrainConfig) -> Path | None:
         if is_first:
             stack.enter_context(locked(run))
             check_run(run, config)
-        snapshot = None if config.fresh else newest_complete(run / "checkpoints")
+        snapshot = None if config.fresh else newest_complete(run / "checkpoints", read_contents=is_first)
         is_done = snapshot is not None and _is_done(config, snapshot)
         if is_done and exported_step(run) == snapshot.step:
             return run / EXPORT_FOLDER
-        if snapshot is not None:
-            check_world_size(snapshot, setup.strategy, setup.world_size)
         if is_first:
             preflight(config, setup)
         source = load_checkpoint(config.checkpoint)
         if is_first:
-            _open_run(config)
+            _open_run(config, snapshot)
         if not is_done:
             _fit(config, setup, source, snapshot)
         return write_export(run, source, config.objective, config.decode, config.task) if is_first else None
@@ -248,12 +245,12 @@ def resolve(config: TrainConfig) -> Setup:
     )
 
 
-def _open_run(config: TrainConfig) -> None:
+def _open_run(config: TrainConfig, snapshot: Snapshot | None) -> None:
     """Make the run folder ready: emptied if asked to, without leftovers, with the config that a restart compares."""
     run = run_folder(config)
     if config.fresh:
         remove_run(run)
-    remove_leftovers(run / "checkpoints")
+    remove_leftovers(run / "checkpoints", snapshot)
     write_text(run / CONFIG_FILE, to_yaml(dataclasses.replace(config, fresh=False)))
 
 
@@ -310,7 +307,6 @@ def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapsh
         log_every=config.log_every,
         compute_dtype=DTYPES[setup.precision],
         compile_layers=config.compile == "layers" or (config.compile == "auto" and setup.accelerator == "cuda"),
-        data_tokens=snapshot.data_tokens if snapshot else 0,
     )
     data = AdaptDataModule(
         config.data,
@@ -320,16 +316,26 @@ def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapsh
         seed=config.seed,
         micro_batch_size=config.micro_batch_size,
     )
+    trainer = _trainer(config, setup, data, source)
+    connect(trainer, module)
+    snapshot = trainer.strategy.broadcast(snapshot)  # the first process has read every file
     if snapshot is not None:
-        rank_zero_only(print)(f"resumed at step {snapshot.step}", flush=True)
-    trainer = _trainer(config, setup, data, source, snapshot)
+        _continue(trainer, module, snapshot)
+    trainer.logger = TensorBoardLogger(
+        run_folder(config), name="", version="tensorboard", purge_step=snapshot.step + 1 if snapshot else 1
+    )
     trainer.fit(module, data, ckpt_path=snapshot.state if snapshot else None)
 
 
-def _trainer(
-    config: TrainConfig, setup: Setup, data: AdaptDataModule, source: Checkpoint, snapshot: Snapshot | None
-) -> Trainer:
-    first_step = snapshot.step if snapshot else 0
+def _continue(trainer: Trainer, module: AdaptModule, snapshot: Snapshot) -> None:
+    """Make ready to go on from the snapshot, also one that another number of processes wrote."""
+    rank_zero_only(print)(f"resumed at step {snapshot.step}", flush=True)
+    module.earlier_data_tokens = snapshot.data_tokens
+    if snapshot.strategy.startswith("deepspeed") and snapshot.world_size != trainer.world_size:
+        reshard_zero(trainer.strategy, snapshot.state)
+
+
+def _trainer(config: TrainConfig, setup: Setup, data: AdaptDataModule, source: Checkpoint) -> Trainer:
     return Trainer(
         accelerator=setup.accelerator,
         devices=setup.devices,
@@ -346,7 +352,7 @@ def _trainer(
         num_sanity_val_steps=0,
         log_every_n_steps=1,  # of self.log, which nothing here uses; its default warns about short runs
         use_distributed_sampler=False,
-        logger=TensorBoardLogger(run_folder(config), name="", version="tensorboard", purge_step=first_step + 1),
+        logger=False,  # set when it is known where training goes on
         callbacks=_callbacks(config, setup, data, source),
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -2,10 +2,14 @@
 
 import logging
 import os
+import shutil
+from argparse import Namespace
+from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -61,6 +65,42 @@ def make_strategy(name: StrategyName, accelerator: str, world_size: int) -> Stra
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's own switch; else it looks for a GPU library
         return CPUDeepSpeedStrategy(stage=stage, process_group_backend="gloo", logging_level=logging.ERROR)
     return DeepSpeedStrategy(stage=stage, logging_level=logging.ERROR)
+
+
+def connect(trainer: Trainer, module: LightningModule) -> None:
+    """Start the other processes and join them in a group, so that they can agree before the fit, which joins it too."""
+    strategy = trainer.strategy
+    strategy.connect(module)
+    if strategy.launcher is None:
+        strategy.setup_environment()
+    else:
+        strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
+
+
+def reshard_zero(strategy: DeepSpeedStrategy, state: Path) -> None:
+    """Let the next load read a ZeRO checkpoint that another number of processes wrote; all processes call this.
+
+    Writes DeepSpeed's universal form of it, every parameter whole, into `state`: about as large as the checkpoint.
+    """
+    if strategy.is_global_zero:
+        from deepspeed.checkpoint.ds_to_universal import main
+
+        universal = state / "universal"
+        shutil.rmtree(universal, ignore_errors=True)  # of a killed start
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            main(
+                Namespace(
+                    input_folder=str(state / "checkpoint"),
+                    output_folder=str(universal),
+                    num_extract_workers=1,
+                    num_merge_workers=1,
+                    keep_temp_folder=False,
+                    strict=True,
+                    inject_missing_state=True,
+                )
+            )
+    strategy.barrier("universal checkpoint")
+    strategy.config["checkpoint"] = {"load_universal": True}
 
 
 def lightning_precision(precision: Literal["bf16", "fp16", "fp32"], strategy: StrategyName) -> str:

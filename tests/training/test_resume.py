@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 
 from fastdllm.cli import to_yaml
-from fastdllm.training.resume import check_run, locked, newest_complete
+from fastdllm.training.resume import check_run, locked
 from fastdllm.training.run import run_folder, train
+from fastdllm.training.snapshots import newest_complete
 
-META = '{{"step": {step}, "data_tokens": 1, "strategy": "auto", "world_size": 1, "is_last": false}}'
+META = '{{"step": {step}, "data_tokens": 1, "strategy": "auto", "world_size": 1, "is_last": false, "files": {{}}}}'
 
 REFUSALS = (ValueError, FileNotFoundError, RuntimeError)
 
