@@ -221,7 +221,7 @@ class AdaptModule(LightningModule):
             shard(self.scoring, layers, self.device_mesh, self.compute_dtype)
 
     def configure_optimizers(self) -> dict:
-        """Return AdamW (fused on CUDA, unless fp16's loss scaling must see the gradients first) and its schedule."""
+        """Return AdamW (fused, unless fp16's loss scaling must see the gradients first) and its schedule."""
         config = self.optimizer_config
         matrices = [p for name, p in self.named_parameters() if _decays(name, p)]
         others = [p for name, p in self.named_parameters() if not _decays(name, p)]
@@ -231,7 +231,7 @@ class AdaptModule(LightningModule):
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             eps=config.epsilon,
-            fused=self.trainer.strategy.root_device.type == "cuda" and self.compute_dtype != torch.float16,
+            fused=self.compute_dtype != torch.float16,
         )
         max_steps = self.max_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -240,11 +240,14 @@ class AdaptModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip by the global norm and keep it for the log.
+        """Clip by the global norm and keep it for the log; if it is not finite, have AdamW leave out this step.
 
-        Lightning's own form refuses a fused optimizer also where it would be right (bf16). DeepSpeed clips by itself.
+        Lightning's own form refuses a fused optimizer also where it would be right (bf16). DeepSpeed clips and skips by
+        itself. The mark is the one that torch's loss scaling uses: it skips on the device, without waiting for it.
         """
         self.gradient_norm = clip_gradients(self, gradient_clip_val or math.inf)
+        if self.gradient_norm is not None and optimizer.defaults["fused"]:
+            optimizer.found_inf = (~self.gradient_norm.isfinite()).float()
 
     def on_train_start(self) -> None:
         self.counters = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -263,7 +266,8 @@ class AdaptModule(LightningModule):
         self.counters[0] += batch["num_tokens"].sum()
         self.counters[1] += scores.num_rows
         self.counters[2] += flops
-        return objective * (self.trainer.world_size * accumulate)
+        finite = 1 + 0 * objective.detach()  # else NaN, so that a loss of inf is found in the gradients
+        return objective * finite * (self.trainer.world_size * accumulate)
 
     def _score(self, batch: dict[str, Tensor]) -> tuple[Scores, Tensor]:
         """Return the scores and their sum over the number of targets in the whole optimizer step, float32 []."""

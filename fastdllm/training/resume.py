@@ -114,6 +114,7 @@ class SaveCheckpoints(Callback):
             counts.update({name: count + shift for name, count in counts.items()})
 
     def _save(self, trainer: Trainer, module: AdaptModule, step: int, is_last: bool) -> None:
+        trainer.logger.experiment.flush()  # a kill would take the log's last lines, which are not written again
         data_tokens = module.data_tokens()
         # the folder is this start's own: a killed start may have left processes that still write
         process, needed, free = trainer.strategy.broadcast(

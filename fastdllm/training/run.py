@@ -28,6 +28,7 @@ from fastdllm.runtime import device_name, get_optimal_dtype, memory_bytes, pick_
 from fastdllm.training.callbacks import Progress, TextSamples, TimeLimit
 from fastdllm.training.clock import Clock
 from fastdllm.training.export import EXPORT_FOLDER, exported_step, write_export
+from fastdllm.training.faults import SkippedSteps
 from fastdllm.training.module import AdaptModule, OptimizerConfig
 from fastdllm.training.preflight import MemoryPlan, check_host_memory, check_memory
 from fastdllm.training.resume import CONFIG_FILE, SaveCheckpoints, check_run, locked, remove_run
@@ -361,10 +362,10 @@ def _trainer(config: TrainConfig, setup: Setup, data: AdaptDataModule, source: C
 
 
 def _callbacks(config: TrainConfig, setup: Setup, data: AdaptDataModule, source: Checkpoint) -> list[Callback]:
-    """Return the callbacks in the order in which they see a step: limit, report, samples, checkpoint."""
+    """Return the callbacks in the order in which they see a step: limit, report, faults, samples, checkpoint."""
     clock = Clock()
     callbacks = [TimeLimit(config.max_minutes, clock)] if config.max_minutes else []
-    callbacks.append(Progress(clock))
+    callbacks += [Progress(clock), SkippedSteps()]
     if config.sample_every and setup.strategy in SHARDED:
         rank_zero_only(print)(f"no text samples under {setup.strategy}: no process holds all weights", flush=True)
     elif config.sample_every:

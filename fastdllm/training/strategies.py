@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -149,6 +150,22 @@ def deepspeed_gradient_norm(strategy: Strategy) -> Tensor | None:
     if not isinstance(strategy, DeepSpeedStrategy):
         return None
     return torch.as_tensor(float(strategy.deepspeed_engine.get_global_grad_norm() or 0.0))
+
+
+def deepspeed_skipped(strategy: Strategy) -> bool | None:
+    """Return whether DeepSpeed left out its last optimizer step, as it does for gradients that are not finite; None
+    under other strategies."""
+    if not isinstance(strategy, DeepSpeedStrategy):
+        return None
+    return not strategy.deepspeed_engine.was_step_applied()
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """Return what fp16 multiplies the loss by at present; 1 in other precisions."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        return float(trainer.strategy.deepspeed_engine.optimizer.loss_scale)
+    plugin = trainer.precision_plugin
+    return plugin.scaler.get_scale() if isinstance(plugin, MixedPrecision) and plugin.scaler else 1.0
 
 
 def read_zero_weights(folder: str) -> dict[str, Tensor]:
