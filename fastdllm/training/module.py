@@ -267,7 +267,9 @@ class AdaptModule(LightningModule):
         self.counters[1] += scores.num_rows
         self.counters[2] += flops
         finite = 1 + 0 * objective.detach()  # else NaN, so that a loss of inf is found in the gradients
-        return objective * finite * (self.trainer.world_size * accumulate)
+        # under DeepSpeed both Lightning and the engine divide by the number of micro-batches
+        averages = accumulate**2 if self.trainer.strategy.handles_gradient_accumulation else accumulate
+        return objective * finite * (self.trainer.world_size * averages)
 
     def _score(self, batch: dict[str, Tensor]) -> tuple[Scores, Tensor]:
         """Return the scores and their sum over the number of targets in the whole optimizer step, float32 []."""
