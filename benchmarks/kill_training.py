@@ -125,9 +125,9 @@ class Program:
             raise RuntimeError(f"train.py ended with {code}:\n" + "\n".join(self.lines[-40:]))
         return self.lines
 
-    def wait_for_steps(self, number: int) -> bool:
-        """Wait until this start has printed so many optimizer steps; return whether it is still running."""
-        return self._wait(lambda: sum(line.startswith("step ") for line in self.lines) >= number)
+    def wait_for(self, beginning: str, number: int = 1) -> bool:
+        """Wait until so many lines begin like this; return whether the program is still running."""
+        return self._wait(lambda: sum(line.startswith(beginning) for line in self.lines) >= number)
 
     def wait_for_save(self) -> bool:
         """Wait until a checkpoint is being written; return whether the program is still running."""
@@ -187,11 +187,11 @@ def _local_rank(process: int) -> int | None:
     return (ranks or [0])[0] if "--config" in command else None
 
 
-def losses(config: TrainConfig) -> dict[int, float]:
-    """Return optimizer step -> logged loss of a run."""
+def logged(config: TrainConfig, tag: str = "train/loss") -> dict[int, float]:
+    """Return optimizer step -> logged value of a run."""
     reader = EventAccumulator(str(run_folder(config) / "tensorboard"))
     reader.Reload()
-    return {event.step: event.value for event in reader.Scalars("train/loss")}
+    return {event.step: event.value for event in reader.Scalars(tag)}
 
 
 def read_state(snapshot: Snapshot) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def _equal(first: Any, second: Any) -> bool:
 
 def compare(unbroken: TrainConfig, broken: TrainConfig) -> list[str]:
     """Return what is not the same in two finished runs: losses by step, last checkpoint."""
-    first, second = losses(unbroken), losses(broken)
+    first, second = logged(unbroken), logged(broken)
     steps = [
         f"loss of step {step}" for step in sorted(first.keys() | second.keys()) if first.get(step) != second.get(step)
     ]
@@ -277,10 +277,10 @@ def kill_once(program: Program, draw: random.Random, startup: float, tally: Tall
         time.sleep(draw.uniform(0, startup))
         place = "start" if not any(line.startswith("step ") for line in program.lines) else "step"
     elif place == "save":
-        if not (program.wait_for_steps(draw.randint(0, 3)) and program.wait_for_save()):
+        if not (program.wait_for("step ", draw.randint(0, 3)) and program.wait_for_save()):
             return False
         time.sleep(draw.uniform(0, 0.04))
-    elif program.wait_for_steps(draw.randint(1, STEPS_AHEAD)):
+    elif program.wait_for("step ", draw.randint(1, STEPS_AHEAD)):
         time.sleep(draw.uniform(0, 0.3))
     if program.has_ended():
         return False
@@ -311,7 +311,7 @@ def check_strategy(config: KillConfig, strategy: str) -> Tally:
     unbroken = replace(make_config(config, strategy, f"{strategy}-unbroken"), fresh=True)
     since = time.monotonic()
     program = Program(unbroken)
-    program.wait_for_steps(1)
+    program.wait_for("step ")
     startup = time.monotonic() - since
     program.finish()
     print(f"{strategy}: unbroken in {time.monotonic() - since:.0f} s, {startup:.0f} s of it until step 1", flush=True)

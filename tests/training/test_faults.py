@@ -1,23 +1,23 @@
 """Non-finite steps are skipped, counted and end training when they do not stop; bad input is named."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.kill_training import Program, read_state
+from benchmarks.kill_training import Program, logged, read_state
 from fastdllm.training.run import run_folder
 from fastdllm.training.snapshots import read_snapshot, snapshot_folders
 from training.conftest import ROOT
 
 REFUSALS = (ValueError, FileNotFoundError, RuntimeError)
 STRATEGIES = ["ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
-POISON = str(ROOT / "tests" / "training" / "poison.py")
+PROBE = str(ROOT / "tests" / "training" / "probe.py")
 
 
 def poisoned(kind, steps, rank=0):
-    return (POISON, "--poison", json.dumps({"kind": kind, "steps": steps, "rank": rank}))
+    return (PROBE, json.dumps({"kind": kind, "steps": steps, "rank": rank}))
 
 
 def trained_state(folder):
@@ -25,12 +25,6 @@ def trained_state(folder):
     state = read_state(read_snapshot(folder))
     parts = ("exp_avg", "scoring", "module/", "fp32", "single_partition", "/state/")
     return {name: value for name, value in state.items() if any(part in name for part in parts)}
-
-
-def skipped_steps(config):
-    reader = EventAccumulator(str(run_folder(config) / "tensorboard"))
-    reader.Reload()
-    return [event.value for event in reader.Scalars("optim/skipped_steps")]
 
 
 def check_one_skipped(config):
@@ -42,7 +36,7 @@ def check_one_skipped(config):
     for before, after in ((0, 1), (2, 3)):
         assert any(not torch.equal(value, tensors[before][name]) for name, value in tensors[after].items())
     assert all(value.isfinite().all() for value in tensors[3].values())
-    assert skipped_steps(config) == [0, 0, 1, 1]
+    assert logged(config, "optim/skipped_steps") == {1: 0, 2: 0, 3: 1, 4: 1}
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
@@ -67,3 +61,36 @@ def test_twenty_skipped_steps_in_a_row_end_training(make_config, strategy):
     program = Program(config, poisoned("nan", [3, *range(6, 60)], rank=config.devices - 1))
     with pytest.raises(RuntimeError, match=r"20 optimizer steps in a row .* up to step 25, .* indices 96 to 99"):
         program.finish()
+
+
+def trained_samples(lines):
+    """Return {(optimizer step, global sample index): digest of tokens and noise} of all processes."""
+    words = [line.split() for line in lines if " sample " in line and line.startswith("step")]
+    return {(int(step), int(index)): digest for _, step, _, index, digest in words}
+
+
+def check_resize(make_config, strategy, before, after, max_steps, kill_after):
+    """Go on with another number of processes: the samples and their noise are the same, return how far loss and gradient norm go."""
+    options = dict(strategy=strategy, max_steps=max_steps, global_batch_size=8, checkpoint_every=5)
+    unbroken = make_config(name="unbroken", devices=before, **options)
+    expected = trained_samples(Program(unbroken, poisoned("", [])).finish())
+    broken = make_config(name="broken", devices=before, **options)
+    program = Program(broken, poisoned("", []))
+    assert program.wait_for(f"step {kill_after}/")
+    program.kill(None, 0)
+    lines = Program(dataclasses.replace(broken, devices=after), poisoned("", [])).finish()
+    start = kill_after // 5 * 5
+    assert f"resumed at step {start}" in lines
+    found = trained_samples(lines)
+    assert len(expected) == 8 * max_steps
+    assert found == {key: digest for key, digest in expected.items() if key[0] > start}
+    pairs = [(logged(unbroken, tag), logged(broken, tag)) for tag in ("train/loss", "optim/grad_norm")]
+    assert all(list(first) == list(second) == list(range(1, max_steps + 1)) for first, second in pairs)
+    return max(abs(second[step] / first[step] - 1) for first, second in pairs for step in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2", "fsdp2"])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_with_the_same_samples(make_config, strategy, before, after):
+    assert check_resize(make_config, strategy, before, after, max_steps=12, kill_after=7) < 1e-3
