@@ -70,7 +70,7 @@ def trained_samples(lines):
 
 
 def check_resize(make_config, strategy, before, after, max_steps, kill_after):
-    """Go on with another number of processes: the samples and their noise are the same, return how far loss and gradient norm go."""
+    """Go on with another number of processes on the same samples and noise; return how far loss and norm go apart."""
     options = dict(strategy=strategy, max_steps=max_steps, global_batch_size=8, checkpoint_every=5)
     unbroken = make_config(name="unbroken", devices=before, **options)
     expected = trained_samples(Program(unbroken, poisoned("", [])).finish())
