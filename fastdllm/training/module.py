@@ -190,13 +190,13 @@ class AdaptModule(LightningModule):
         log_every: int,
         compute_dtype: torch.dtype = torch.float32,
         compile_layers: bool = False,
-        data_tokens: int = 0,
     ):
         super().__init__()
         self.scoring = TrainingPass(model.train(), objective)
         self.optimizer_config, self.max_steps, self.log_every = optimizer, max_steps, log_every
         self.compute_dtype, self.compile_layers = compute_dtype, compile_layers
-        self.earlier_data_tokens = data_tokens  # of all processes, before this start
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())  # before any sharding
+        self.earlier_data_tokens = 0  # of all processes, before this start
         self.meter: Meter | None = None  # since the last report, which replaces it
         self.step_loss: Tensor | None = None  # of this process, this optimizer step
         self.validation_meter: Meter | None = None

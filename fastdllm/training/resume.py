@@ -135,6 +135,7 @@ class SaveCheckpoints(Callback):
                 data_tokens=data_tokens,
                 strategy=self.strategy,
                 world_size=trainer.world_size,
+                num_parameters=module.num_parameters,
                 is_last=is_last,
                 files=files,
             )
@@ -152,7 +153,7 @@ class SaveCheckpoints(Callback):
     def _needed_bytes(self, module: AdaptModule) -> int:
         """Return the size of the last checkpoint; before the first, that of float32 weights and AdamW's two means."""
         folders = snapshot_folders(self.checkpoints)
-        return read_snapshot(folders[-1]).num_bytes if folders else 12 * sum(p.numel() for p in module.parameters())
+        return read_snapshot(folders[-1]).num_bytes if folders else 12 * module.num_parameters
 
     def _free_bytes(self) -> int:
         self.checkpoints.mkdir(parents=True, exist_ok=True)

@@ -329,7 +329,16 @@ def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapsh
 
 
 def _continue(trainer: Trainer, module: AdaptModule, snapshot: Snapshot) -> None:
-    """Make ready to go on from the snapshot, also one that another number of processes wrote."""
+    """Make ready to go on from the snapshot, also one that another number of processes wrote.
+
+    Raises:
+        ValueError: it holds another model.
+    """
+    if snapshot.num_parameters != module.num_parameters:
+        raise ValueError(
+            f"{snapshot.folder} holds {snapshot.num_parameters:,} parameters, and the checkpoint that this run starts "
+            f"from has {module.num_parameters:,}: another shape. Put the old one back, or --fresh to start anew."
+        )
     rank_zero_only(print)(f"resumed at step {snapshot.step}", flush=True)
     module.earlier_data_tokens = snapshot.data_tokens
     if snapshot.strategy.startswith("deepspeed") and snapshot.world_size != trainer.world_size:

@@ -33,6 +33,7 @@ class Snapshot:
     """Document tokens seen since step 0, over all processes."""
     strategy: str
     world_size: int
+    num_parameters: int
     is_last: bool
     """Whether training ended here: at max_steps or at its time limit."""
     files: dict[str, list[int]]
