@@ -2,65 +2,67 @@
 
 import dataclasses
 import json
+import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks.kill_training import Program, logged, read_state
-from fastdllm.training.run import run_folder
-from fastdllm.training.snapshots import read_snapshot, snapshot_folders
+import fastdllm.training.run as training
+from benchmarks.kill_training import KillConfig, Program, check_strategy, differences, logged, read_state
+from fastdllm.checkpoint import load_checkpoint
+from fastdllm.cli import to_yaml
+from fastdllm.data.packing import PackedSamples
+from fastdllm.training.export import read_weights
+from fastdllm.training.run import run_folder, train
+from fastdllm.training.snapshots import newest_complete, read_snapshot, snapshot_folders
+from training import probe
 from training.conftest import ROOT
 
 REFUSALS = (ValueError, FileNotFoundError, RuntimeError)
-STRATEGIES = ["ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 PROBE = str(ROOT / "tests" / "training" / "probe.py")
 
 
-def poisoned(kind, steps, rank=0):
-    return (PROBE, json.dumps({"kind": kind, "steps": steps, "rank": rank}))
+def plan(kind="", steps=(), rank=0):
+    return {"kind": kind, "steps": list(steps), "rank": rank}
 
 
-def trained_state(folder):
-    """Return weights and what AdamW keeps, without the learning rate, which goes on, and progress."""
-    state = read_state(read_snapshot(folder))
-    parts = ("exp_avg", "scoring", "module/", "fp32", "single_partition", "/state/")
-    return {name: value for name, value in state.items() if any(part in name for part in parts)}
+def start(config, **poison):
+    return Program(config, (PROBE, json.dumps(plan(**poison))))
 
 
-def check_one_skipped(config):
-    """The third of four optimizer steps changed nothing, the others did."""
-    states = [trained_state(folder) for folder in snapshot_folders(run_folder(config) / "checkpoints")]
-    tensors = [{n: v for n, v in state.items() if isinstance(v, torch.Tensor)} for state in states]
-    assert len(tensors) == 4 and len(tensors[0]) > 20
-    assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[2].items())
-    for before, after in ((0, 1), (2, 3)):
-        assert any(not torch.equal(value, tensors[before][name]) for name, value in tensors[after].items())
-    assert all(value.isfinite().all() for value in tensors[3].values())
-    assert logged(config, "optim/skipped_steps") == {1: 0, 2: 0, 3: 1, 4: 1}
+def check_only_the_third_step_changed_nothing(config):
+    """Compare weights, AdamW's means and its count of steps in the checkpoints of steps 1 to 4."""
+    states = []
+    for folder in snapshot_folders(run_folder(config) / "checkpoints")[:4]:
+        values = read_state(read_snapshot(folder))
+        states.append({name: value for name, value in values.items() if isinstance(value, torch.Tensor)})
+    assert len(states) == 4 and sum("exp_avg" in name for name in states[0]) >= 4
+    assert differences(states[1], states[2]) == []
+    assert differences(states[0], states[1]) and differences(states[2], states[3])
+    assert all(value.isfinite().all() for value in states[3].values() if value.is_floating_point())
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
-def test_non_finite_step_changes_nothing_and_is_counted(make_config, kind):
+def test_non_finite_step_changes_nothing_and_is_counted(make_config, monkeypatch, kind):
+    callbacks = training._callbacks
+    monkeypatch.setattr(training, "_callbacks", lambda *parts: [probe.Probe(plan(kind, [3])), *callbacks(*parts)])
+    monkeypatch.setattr(training, "AdaptModule", probe.SpoiltModule)
     config = make_config(max_steps=4, checkpoint_every=1, keep_checkpoints=4)
-    Program(config, poisoned(kind, [3])).finish()
-    check_one_skipped(config)
+    train(config)
+    check_only_the_third_step_changed_nothing(config)
+    assert logged(config, "optim/skipped_steps") == {1: 0, 2: 0, 3: 1, 4: 1}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_non_finite_step_of_one_process_is_skipped_by_all(make_config, strategy):
-    config = make_config(max_steps=4, checkpoint_every=1, keep_checkpoints=4, devices=2, strategy=strategy)
-    Program(config, poisoned("inf", [3], rank=1)).finish()
-    check_one_skipped(config)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
-def test_twenty_skipped_steps_in_a_row_end_training(make_config, strategy):
-    config = make_config(max_steps=60, devices=1 if strategy == "auto" else 2, strategy=strategy, checkpoint_every=50)
-    program = Program(config, poisoned("nan", [3, *range(6, 60)], rank=config.devices - 1))
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_stage_2"])
+def test_non_finite_steps_of_one_process_are_skipped_by_all_and_twenty_end_training(make_config, strategy):
+    config = make_config(max_steps=60, checkpoint_every=1, keep_checkpoints=60, devices=2, strategy=strategy)
+    program = start(config, kind="inf", steps=[3, *range(6, 60)], rank=1)
     with pytest.raises(RuntimeError, match=r"20 optimizer steps in a row .* up to step 25, .* indices 96 to 99"):
         program.finish()
+    check_only_the_third_step_changed_nothing(config)
 
 
 def trained_samples(lines):
@@ -69,28 +71,79 @@ def trained_samples(lines):
     return {(int(step), int(index)): digest for _, step, _, index, digest in words}
 
 
-def check_resize(make_config, strategy, before, after, max_steps, kill_after):
-    """Go on with another number of processes on the same samples and noise; return how far loss and norm go apart."""
-    options = dict(strategy=strategy, max_steps=max_steps, global_batch_size=8, checkpoint_every=5)
-    unbroken = make_config(name="unbroken", devices=before, **options)
-    expected = trained_samples(Program(unbroken, poisoned("", [])).finish())
-    broken = make_config(name="broken", devices=before, **options)
-    program = Program(broken, poisoned("", []))
-    assert program.wait_for(f"step {kill_after}/")
-    program.kill(None, 0)
-    lines = Program(dataclasses.replace(broken, devices=after), poisoned("", [])).finish()
-    start = kill_after // 5 * 5
-    assert f"resumed at step {start}" in lines
-    found = trained_samples(lines)
+def change_world_size(make_config, strategy, before, after, max_steps):
+    """Go on from step 5 with another number of processes, on the same samples and noise.
+
+    Returns: how far loss and gradient norm come to lie from those of the unbroken run.
+    """
+    options = dict(strategy=strategy, max_steps=max_steps, global_batch_size=8, checkpoint_every=5, keep_checkpoints=99)
+    unbroken, changed = (
+        make_config(name="a", devices=before, **options),
+        make_config(name="b", devices=after, **options),
+    )
+    expected = trained_samples(start(unbroken).finish())
+    checkpoints = run_folder(changed) / "checkpoints"
+    shutil.copytree(run_folder(unbroken) / "checkpoints" / "step-000005.ckpt", checkpoints / "step-000005.ckpt")
+    (run_folder(changed) / "config.yaml").write_text(to_yaml(changed))
+    lines = start(changed).finish()
+    assert "resumed at step 5" in lines
     assert len(expected) == 8 * max_steps
-    assert found == {key: digest for key, digest in expected.items() if key[0] > start}
-    pairs = [(logged(unbroken, tag), logged(broken, tag)) for tag in ("train/loss", "optim/grad_norm")]
-    assert all(list(first) == list(second) == list(range(1, max_steps + 1)) for first, second in pairs)
-    return max(abs(second[step] / first[step] - 1) for first, second in pairs for step in first)
+    assert trained_samples(lines) == {key: digest for key, digest in expected.items() if key[0] > 5}
+    distances = []
+    for tag in ("train/loss", "optim/grad_norm"):
+        first, second = logged(unbroken, tag), logged(changed, tag)
+        assert list(second) == list(range(6, max_steps + 1))
+        distances += [abs(second[step] / first[step] - 1) for step in second]
+    return max(distances)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2", "fsdp2"])
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("strategy", "before", "after"), [("auto", 1, 2), ("deepspeed_stage_2", 2, 1), ("fsdp2", 2, 1)]
+)
 def test_another_number_of_processes_goes_on_with_the_same_samples(make_config, strategy, before, after):
-    assert check_resize(make_config, strategy, before, after, max_steps=12, kill_after=7) < 1e-3
+    assert change_world_size(make_config, strategy, before, after, max_steps=10) < 1e-3
+
+
+@pytest.mark.slow
+def test_killed_processes_resume_bit_for_bit(tmp_path):
+    config = KillConfig(kills=2, max_steps=8, output_dir=str(tmp_path), seed=1)
+    tally = check_strategy(config, "ddp")
+    assert tally.differences == 0 and sum(tally.places.values()) == 2 and tally.places["save"]
+
+
+BAD_DATA = [
+    ("", "", "holds no rows"),
+    ('{"messages": [{"role": "user", "content": "Hello?"}]}\n', "messages", "no assistant turn"),
+    ('{"prompt": "1+1=?", "response": "' + "2 " * 99 + '"}\n', "", "longer than data.sample_length .64."),
+]
+
+
+@pytest.mark.parametrize(("text", "column", "message"), BAD_DATA, ids=["empty", "no assistant turn", "too long"])
+def test_bad_data_is_refused_by_its_name(make_config, tmp_path, text, column, message):
+    config = make_config()
+    file = tmp_path / "bad.jsonl"
+    file.write_text(text)
+    data = dataclasses.replace(config.data, path=str(file), long_documents="error", cache_dir=str(tmp_path / "cache"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(dataclasses.replace(config, data=data))
+
+
+@pytest.mark.parametrize(("every", "are_all_zero"), [(1, True), (2, False)])
+def test_micro_batches_without_any_target_add_nothing(make_config, monkeypatch, every, are_all_zero):
+    get_sample = PackedSamples.__getitem__
+
+    def without_targets(samples, number):
+        sample = get_sample(samples, number)
+        return sample | ({"is_response": np.zeros_like(sample["is_response"])} if number % every == 0 else {})
+
+    monkeypatch.setattr(PackedSamples, "__getitem__", without_targets)
+    config = make_config(micro_batch_size=1, sample_every=0, max_steps=4)
+    train(config)
+    losses = logged(config, "train/loss")
+    assert len(losses) == 4 and all(math.isfinite(loss) for loss in losses.values())
+    assert all(loss == 0.0 for loss in losses.values()) == are_all_zero
+    assert set(logged(config, "optim/skipped_steps").values()) == {0}
+    start = load_checkpoint(config.checkpoint).qwen.state_dict()
+    end = read_weights(newest_complete(run_folder(config) / "checkpoints"))
+    assert all(torch.equal(start[name], weight) for name, weight in end.items()) == are_all_zero
