@@ -15,6 +15,7 @@ from fastdllm.cli import flatten, to_dict
 from fastdllm.training.clock import Clock
 from fastdllm.training.module import AdaptModule
 from fastdllm.training.snapshots import Snapshot, complete, describe_files, read_snapshot, remove_old, snapshot_folders
+from fastdllm.training.strategies import reshard_zero
 
 LOCK_FILE = "lock"
 CONFIG_FILE = "config.yaml"
@@ -86,6 +87,22 @@ def check_run(run: Path, config: Any) -> None:
             f"{run} was started with another config: {'; '.join(changed)}. Change it back, give the run another "
             "--name, or --fresh to delete the old run and start anew."
         )
+
+
+def make_ready(trainer: Trainer, module: AdaptModule, snapshot: Snapshot) -> None:
+    """Make ready to go on from the snapshot, also one that another number of processes wrote.
+
+    Raises:
+        ValueError: it holds another model.
+    """
+    if snapshot.num_parameters != module.num_parameters:
+        raise ValueError(
+            f"{snapshot.folder} holds {snapshot.num_parameters:,} parameters, and the checkpoint that this run starts "
+            f"from has {module.num_parameters:,}: another shape. Put the old one back, or --fresh to start anew."
+        )
+    module.earlier_data_tokens = snapshot.data_tokens
+    if snapshot.strategy.startswith("deepspeed") and snapshot.world_size != trainer.world_size:
+        reshard_zero(trainer.strategy, snapshot.state)
 
 
 class SaveCheckpoints(Callback):

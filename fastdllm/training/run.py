@@ -31,7 +31,7 @@ from fastdllm.training.export import EXPORT_FOLDER, exported_step, write_export
 from fastdllm.training.faults import SkippedSteps
 from fastdllm.training.module import AdaptModule, OptimizerConfig
 from fastdllm.training.preflight import MemoryPlan, check_host_memory, check_memory
-from fastdllm.training.resume import CONFIG_FILE, SaveCheckpoints, check_run, locked, remove_run
+from fastdllm.training.resume import CONFIG_FILE, SaveCheckpoints, check_run, locked, make_ready, remove_run
 from fastdllm.training.snapshots import Snapshot, newest_complete, remove_leftovers
 from fastdllm.training.strategies import (
     SHARDED,
@@ -39,7 +39,6 @@ from fastdllm.training.strategies import (
     connect,
     lightning_precision,
     make_strategy,
-    reshard_zero,
     resolve_strategy,
 )
 
@@ -321,28 +320,12 @@ def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapsh
     connect(trainer, module)
     snapshot = trainer.strategy.broadcast(snapshot)  # the first process has read every file
     if snapshot is not None:
-        _continue(trainer, module, snapshot)
+        rank_zero_only(print)(f"resumed at step {snapshot.step}", flush=True)
+        make_ready(trainer, module, snapshot)
     trainer.logger = TensorBoardLogger(
         run_folder(config), name="", version="tensorboard", purge_step=snapshot.step + 1 if snapshot else 1
     )
     trainer.fit(module, data, ckpt_path=snapshot.state if snapshot else None)
-
-
-def _continue(trainer: Trainer, module: AdaptModule, snapshot: Snapshot) -> None:
-    """Make ready to go on from the snapshot, also one that another number of processes wrote.
-
-    Raises:
-        ValueError: it holds another model.
-    """
-    if snapshot.num_parameters != module.num_parameters:
-        raise ValueError(
-            f"{snapshot.folder} holds {snapshot.num_parameters:,} parameters, and the checkpoint that this run starts "
-            f"from has {module.num_parameters:,}: another shape. Put the old one back, or --fresh to start anew."
-        )
-    rank_zero_only(print)(f"resumed at step {snapshot.step}", flush=True)
-    module.earlier_data_tokens = snapshot.data_tokens
-    if snapshot.strategy.startswith("deepspeed") and snapshot.world_size != trainer.world_size:
-        reshard_zero(trainer.strategy, snapshot.state)
 
 
 def _trainer(config: TrainConfig, setup: Setup, data: AdaptDataModule, source: Checkpoint) -> Trainer:

@@ -72,6 +72,13 @@ def make_config(source, tmp_path):
     return make
 
 
+def flip_a_bit(file):
+    """Change one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def run_program(config: TrainConfig, kill_after: int = 0) -> list[str]:
     """Run train.py on the config and return its lines; with kill_after, kill all its processes after that step."""
     file = Path(config.output_dir) / f"{config.name}.yaml"

@@ -18,7 +18,7 @@ from fastdllm.training.export import read_weights
 from fastdllm.training.run import run_folder, train
 from fastdllm.training.snapshots import newest_complete, read_snapshot, snapshot_folders
 from training import probe
-from training.conftest import ROOT
+from training.conftest import ROOT, flip_a_bit
 
 REFUSALS = (ValueError, FileNotFoundError, RuntimeError)
 PROBE = str(ROOT / "tests" / "training" / "probe.py")
@@ -72,7 +72,7 @@ def trained_samples(lines):
 
 
 def change_world_size(make_config, strategy, before, after, max_steps):
-    """Go on from step 5 with another number of processes, on the same samples and noise.
+    """Go on with another number of processes, on the same samples and noise, from step 5, as step 10 is damaged.
 
     Returns: how far loss and gradient norm come to lie from those of the unbroken run.
     """
@@ -82,11 +82,13 @@ def change_world_size(make_config, strategy, before, after, max_steps):
         make_config(name="b", devices=after, **options),
     )
     expected = trained_samples(start(unbroken).finish())
-    checkpoints = run_folder(changed) / "checkpoints"
-    shutil.copytree(run_folder(unbroken) / "checkpoints" / "step-000005.ckpt", checkpoints / "step-000005.ckpt")
+    for name in ("step-000005.ckpt", "step-000010.ckpt"):
+        folder = run_folder(changed) / "checkpoints" / name
+        shutil.copytree(run_folder(unbroken) / "checkpoints" / name, folder)
+    flip_a_bit(max(folder.rglob("*"), key=lambda path: path.stat().st_size * path.is_file()))
     (run_folder(changed) / "config.yaml").write_text(to_yaml(changed))
     lines = start(changed).finish()
-    assert "resumed at step 5" in lines
+    assert "resumed at step 5" in lines and any("step-000010.ckpt is damaged" in line for line in lines)
     assert len(expected) == 8 * max_steps
     assert trained_samples(lines) == {key: digest for key, digest in expected.items() if key[0] > 5}
     distances = []

@@ -15,6 +15,7 @@ from fastdllm.cli import to_yaml
 from fastdllm.training.resume import SaveCheckpoints, check_run, locked
 from fastdllm.training.run import run_folder, train
 from fastdllm.training.snapshots import newest_complete, snapshot_folders
+from training.conftest import flip_a_bit
 
 META = (
     '{{"step": {step}, "data_tokens": 1, "strategy": "auto", "world_size": 1, "num_parameters": 1, '
@@ -84,12 +85,6 @@ def test_newest_checkpoints_are_kept_and_leftovers_go(make_config):
 
 def truncate(file):
     file.write_bytes(file.read_bytes()[:-100])
-
-
-def flip_a_bit(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 DAMAGES = [
