@@ -13,7 +13,8 @@ from fastdllm.config_json import Adaptation
 from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.objective import ObjectiveConfig
 from fastdllm.runtime import code_revision, write_text
-from fastdllm.training.resume import CONFIG_FILE, Snapshot, locked, newest_complete
+from fastdllm.training.resume import CONFIG_FILE, locked
+from fastdllm.training.snapshots import Snapshot, newest_complete
 from fastdllm.training.strategies import read_zero_weights
 
 EXPORT_FOLDER = "export"

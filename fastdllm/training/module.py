@@ -220,14 +220,14 @@ class AdaptModule(LightningModule):
         compute_dtype: torch.dtype = torch.float32,
         compile_layers: bool = False,
         recompute: Recompute = "none",
-        data_tokens: int = 0,
     ):
         super().__init__()
         self.scoring = TrainingPass(model.train(), objective, sample_length)
         self.recompute = recompute
         self.optimizer_config, self.max_steps, self.log_every = optimizer, max_steps, log_every
         self.compute_dtype, self.compile_layers = compute_dtype, compile_layers
-        self.earlier_data_tokens = data_tokens  # of all processes, before this start
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())  # before any sharding
+        self.earlier_data_tokens = 0  # of all processes, before this start
         self.meter: Meter | None = None  # since the last report, which replaces it
         self.step_loss: Tensor | None = None  # of this process, this optimizer step
         self.validation_meter: Meter | None = None
@@ -252,7 +252,7 @@ class AdaptModule(LightningModule):
             shard(self.scoring, layers, self.device_mesh, self.compute_dtype)
 
     def configure_optimizers(self) -> dict:
-        """Return AdamW (fused on CUDA, unless fp16's loss scaling must see the gradients first) and its schedule."""
+        """Return AdamW (fused, unless fp16's loss scaling must see the gradients first) and its schedule."""
         config = self.optimizer_config
         matrices = [p for name, p in self.named_parameters() if _decays(name, p)]
         others = [p for name, p in self.named_parameters() if not _decays(name, p)]
@@ -262,7 +262,7 @@ class AdaptModule(LightningModule):
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             eps=config.epsilon,
-            fused=self.trainer.strategy.root_device.type == "cuda" and self.compute_dtype != torch.float16,
+            fused=self.compute_dtype != torch.float16,
         )
         max_steps = self.max_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -271,11 +271,14 @@ class AdaptModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip by the global norm and keep it for the log.
+        """Clip by the global norm and keep it for the log; if it is not finite, have AdamW leave out this step.
 
-        Lightning's own form refuses a fused optimizer also where it would be right (bf16). DeepSpeed clips by itself.
+        Lightning's own form refuses a fused optimizer also where it would be right (bf16). DeepSpeed clips and skips by
+        itself. The mark is the one that torch's loss scaling uses: it skips on the device, without waiting for it.
         """
         self.gradient_norm = clip_gradients(self, gradient_clip_val or math.inf)
+        if self.gradient_norm is not None and optimizer.defaults["fused"]:
+            optimizer.found_inf = (~self.gradient_norm.isfinite()).float()
 
     def on_train_start(self) -> None:
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.float64, device=self.device)
@@ -295,7 +298,10 @@ class AdaptModule(LightningModule):
         counts = (batch["num_tokens"].sum(), scores.size.num_rows, flops, scores.num_dead_rows)
         for number, count in enumerate(counts):
             self.counters[number] += count
-        return objective * (self.trainer.world_size * accumulate)
+        finite = 1 + 0 * objective.detach()  # else NaN, so that a loss of inf is found in the gradients
+        # under DeepSpeed both Lightning and the engine divide by the number of micro-batches
+        averages = accumulate**2 if self.trainer.strategy.handles_gradient_accumulation else accumulate
+        return objective * finite * (self.trainer.world_size * averages)
 
     def _check_compilation(self, num_new_graphs: int) -> None:
         """Raise a RuntimeError if a micro-batch after the first two compiled something: shapes must not change."""

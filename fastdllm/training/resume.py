@@ -1,16 +1,10 @@
-"""Checkpoints of a run that are complete or absent, and the rules for going on in a run folder.
-
-A checkpoint is a folder `checkpoints/step-000010.ckpt` with the strategy's own state (a file or a folder) and
-`meta.json`. It is written under another name, synced and renamed, so what bears the name is whole.
-"""
+"""Going on in a run folder: its lock, its config, and the saving of its checkpoints."""
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +12,11 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 
 from fastdllm.cli import flatten, to_dict
-from fastdllm.runtime import write_text
 from fastdllm.training.clock import Clock
 from fastdllm.training.module import AdaptModule
 from fastdllm.training.requeue import StopOnSignal
+from fastdllm.training.snapshots import Snapshot, complete, describe_files, read_snapshot, remove_old, snapshot_folders
+from fastdllm.training.strategies import reshard_zero
 
 LOCK_FILE = "lock"
 CONFIG_FILE = "config.yaml"
@@ -40,49 +35,6 @@ MAY_CHANGE = (  # between two starts of one run: they change neither the weights
     "data.loader_workers",
     "data.cache_dir",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """A complete checkpoint on disk."""
-
-    folder: Path
-    step: int
-    """Optimizer steps done."""
-    data_tokens: int
-    """Document tokens seen since step 0, over all processes."""
-    strategy: str
-    world_size: int
-    is_last: bool
-    """Whether training ended here: at max_steps or at its time limit, not at a signal."""
-    max_minutes: float = 0.0
-    """The time limit of the start that wrote it."""
-
-    @property
-    def state(self) -> Path:
-        """What the strategy wrote: a file (auto, ddp) or a folder."""
-        return self.folder / "state"
-
-
-def newest_complete(checkpoints: Path) -> Snapshot | None:
-    """Return the complete checkpoint with the most steps, or None."""
-    folders = sorted(checkpoints.glob("step-*.ckpt"), key=_step_of)
-    if not folders:
-        return None
-    return Snapshot(folder=folders[-1], **json.loads((folders[-1] / "meta.json").read_text()))
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-").removesuffix(".ckpt"))
-
-
-def check_world_size(snapshot: Snapshot, strategy: str, world_size: int) -> None:
-    """Raise a ValueError where DeepSpeed's checkpoint cannot be read by this number of processes."""
-    if strategy.startswith("deepspeed") and snapshot.world_size != world_size:
-        raise ValueError(
-            f"{snapshot.folder} was written by {snapshot.world_size} processes, and DeepSpeed reads it with as many; "
-            f"this start has {world_size}. Use {snapshot.world_size} devices in all, or --fresh to start anew."
-        )
 
 
 @contextmanager
@@ -117,12 +69,6 @@ def remove_run(run: Path) -> None:
             path.unlink()
 
 
-def remove_leftovers(checkpoints: Path) -> None:
-    """Delete what a killed save or a killed removal left behind."""
-    for path in (*checkpoints.glob("step-*.partial"), *checkpoints.glob("step-*.old")):
-        shutil.rmtree(path)
-
-
 def check_run(run: Path, config: Any) -> None:
     """Raise a ValueError if the folder is no run, or has another config, naming each key with both values."""
     file = run / CONFIG_FILE
@@ -142,6 +88,22 @@ def check_run(run: Path, config: Any) -> None:
             f"{run} was started with another config: {'; '.join(changed)}. Change it back, give the run another "
             "--name, or --fresh to delete the old run and start anew."
         )
+
+
+def make_ready(trainer: Trainer, module: AdaptModule, snapshot: Snapshot) -> None:
+    """Make ready to go on from the snapshot, also one that another number of processes wrote.
+
+    Raises:
+        ValueError: it holds another model.
+    """
+    if snapshot.num_parameters != module.num_parameters:
+        raise ValueError(
+            f"{snapshot.folder} holds {snapshot.num_parameters:,} parameters, and the checkpoint that this run starts "
+            f"from has {module.num_parameters:,}: another shape. Put the old one back, or --fresh to start anew."
+        )
+    module.earlier_data_tokens = snapshot.data_tokens
+    if snapshot.strategy.startswith("deepspeed") and snapshot.world_size != trainer.world_size:
+        reshard_zero(trainer.strategy, snapshot.state)
 
 
 class SaveCheckpoints(Callback):
@@ -181,40 +143,62 @@ class SaveCheckpoints(Callback):
                 trainer.strategy.barrier("checkpoint complete")  # so that no process leaves a save unfinished
             self.saved_step = step
 
+    def on_load_checkpoint(self, trainer: Trainer, module: AdaptModule, checkpoint: dict[str, Any]) -> None:
+        """Count the micro-batches done as this start divides a step; Lightning restores those of the writer."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            shift = checkpoint["global_step"] * trainer.accumulate_grad_batches - counts["processed"]
+            counts.update({name: count + shift for name, count in counts.items()})
+
     def _save(self, trainer: Trainer, module: AdaptModule, step: int, is_last: bool) -> None:
-        final = self.checkpoints / f"step-{step:06d}.ckpt"
-        partial = final.with_suffix(".partial")
+        trainer.logger.experiment.flush()  # a kill would take the log's last lines, which are not written again
         data_tokens = module.data_tokens()
-        if trainer.is_global_zero:
-            partial.mkdir(parents=True, exist_ok=True)
-        trainer.strategy.barrier("checkpoint folder")
-        trainer.save_checkpoint(partial / "state")
-        trainer.strategy.barrier("checkpoint written")
-        if not trainer.is_global_zero:
-            return
-        snapshot = Snapshot(
-            folder=final,
-            step=step,
-            data_tokens=data_tokens,
-            strategy=self.strategy,
-            world_size=trainer.world_size,
-            is_last=is_last,
-            max_minutes=self.max_minutes,
+        # the folder is this start's own: a killed start may have left processes that still write
+        process, needed, free = trainer.strategy.broadcast(
+            (os.getpid(), self._needed_bytes(module), self._free_bytes())
         )
-        meta = {key: value for key, value in asdict(snapshot).items() if key != "folder"}
-        write_text(partial / "meta.json", json.dumps(meta, indent=1) + "\n")
-        _sync(partial)
-        partial.rename(final)
-        self._prune()
+        final = self.checkpoints / f"step-{step:06d}.ckpt"
+        partial = final.with_suffix(f".{process}.partial")
+        if needed > free:
+            raise RuntimeError(self._failure(partial, "the disk is full", needed))
+        try:
+            files = self._write(trainer, partial)
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(self._failure(partial, str(error), needed)) from error
+        if trainer.is_global_zero:
+            snapshot = Snapshot(
+                folder=final,
+                step=step,
+                data_tokens=data_tokens,
+                strategy=self.strategy,
+                world_size=trainer.world_size,
+                num_parameters=module.num_parameters,
+                is_last=is_last,
+                max_minutes=self.max_minutes,
+                files=files,
+            )
+            complete(partial, snapshot)
+            remove_old(self.checkpoints, self.keep)
 
-    def _prune(self) -> None:
-        for folder in sorted(self.checkpoints.glob("step-*.ckpt"), key=_step_of)[: -self.keep]:
-            old = folder.rename(folder.with_suffix(".old"))
-            shutil.rmtree(old)
+    def _write(self, trainer: Trainer, partial: Path) -> dict[str, list[int]]:
+        """Write the state below `partial`, all processes together; return the files for the list in `meta.json`."""
+        if trainer.is_global_zero:
+            partial.mkdir(parents=True)
+        trainer.strategy.barrier("checkpoint folder")
+        trainer.save_checkpoint(partial / "state")  # returns when all processes have written
+        return describe_files(partial, trainer.global_rank, trainer.world_size)
 
+    def _needed_bytes(self, module: AdaptModule) -> int:
+        """Return the size of the last checkpoint; before the first, that of float32 weights and AdamW's two means."""
+        folders = snapshot_folders(self.checkpoints)
+        return read_snapshot(folders[-1]).num_bytes if folders else 12 * module.num_parameters
 
-def _sync(folder: Path) -> None:
-    """Force every file below `folder` to disk, so that the rename cannot get there before the contents."""
-    for path in (path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    def _free_bytes(self) -> int:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self.checkpoints).free
+
+    def _failure(self, partial: Path, cause: str, needed: int) -> str:
+        return (
+            f"Saving {partial} failed ({cause}): a checkpoint takes about {needed:,} bytes, and {self._free_bytes():,} "
+            f"are free in {self.checkpoints}. Earlier checkpoints there are whole: make room and start the run again."
+        )

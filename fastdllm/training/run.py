@@ -27,24 +27,17 @@ from fastdllm.runtime import device_name, get_optimal_dtype, memory_bytes, pick_
 from fastdllm.training.callbacks import Progress, TextSamples, TimeLimit
 from fastdllm.training.clock import Clock
 from fastdllm.training.export import EXPORT_FOLDER, exported_step, write_export
+from fastdllm.training.faults import SkippedSteps
 from fastdllm.training.module import AdaptModule, OptimizerConfig
 from fastdllm.training.preflight import MemoryPlan, check_host_memory, check_memory
 from fastdllm.training.requeue import StopOnSignal, leave
-from fastdllm.training.resume import (
-    CONFIG_FILE,
-    SaveCheckpoints,
-    Snapshot,
-    check_run,
-    check_world_size,
-    locked,
-    newest_complete,
-    remove_leftovers,
-    remove_run,
-)
+from fastdllm.training.resume import CONFIG_FILE, SaveCheckpoints, check_run, locked, make_ready, remove_run
+from fastdllm.training.snapshots import Snapshot, newest_complete, remove_leftovers
 from fastdllm.training.strategies import (
     SHARDED,
     StrategyName,
     cluster_plugins,
+    connect,
     lightning_precision,
     make_strategy,
     resolve_strategy,
@@ -187,17 +180,15 @@ def train(config: TrainConfig) -> Path | None:
         if is_first:
             stack.enter_context(locked(run))
             check_run(run, config)
-        snapshot = None if config.fresh else newest_complete(run / "checkpoints")
+        snapshot = None if config.fresh else newest_complete(run / "checkpoints", read_contents=is_first)
         is_done = snapshot is not None and _is_done(config, snapshot)
         if is_done and exported_step(run) == snapshot.step:
             return run / EXPORT_FOLDER
-        if snapshot is not None:
-            check_world_size(snapshot, setup.strategy, setup.world_size)
         if is_first:
             preflight(config, setup)
         source = load_checkpoint(config.checkpoint)
         if is_first:
-            _open_run(config)
+            _open_run(config, snapshot)
         if not is_done:
             _fit(config, setup, source, snapshot, stop)
         if stop.agreed:
@@ -265,12 +256,12 @@ def resolve(config: TrainConfig) -> Setup:
     )
 
 
-def _open_run(config: TrainConfig) -> None:
+def _open_run(config: TrainConfig, snapshot: Snapshot | None) -> None:
     """Make the run folder ready: emptied if asked to, without leftovers, with the config that a restart compares."""
     run = run_folder(config)
     if config.fresh:
         remove_run(run)
-    remove_leftovers(run / "checkpoints")
+    remove_leftovers(run / "checkpoints", snapshot)
     write_text(run / CONFIG_FILE, to_yaml(dataclasses.replace(config, fresh=False)))
 
 
@@ -330,7 +321,6 @@ def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapsh
         compute_dtype=DTYPES[setup.precision],
         compile_layers=config.compile == "layers" or (config.compile == "auto" and setup.accelerator == "cuda"),
         recompute=config.recompute,
-        data_tokens=snapshot.data_tokens if snapshot else 0,
     )
     data = AdaptDataModule(
         config.data,
@@ -340,14 +330,19 @@ def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapsh
         seed=config.seed,
         micro_batch_size=config.micro_batch_size,
     )
+    trainer = _trainer(config, setup, _callbacks(config, setup, data, source, stop))
+    connect(trainer, module)
+    snapshot = trainer.strategy.broadcast(snapshot)  # the first process has read every file
     if snapshot is not None:
         rank_zero_only(print)(f"resumed at step {snapshot.step}", flush=True)
-    trainer = _trainer(config, setup, snapshot, _callbacks(config, setup, data, source, stop))
+        make_ready(trainer, module, snapshot)
+    trainer.logger = TensorBoardLogger(
+        run_folder(config), name="", version="tensorboard", purge_step=snapshot.step + 1 if snapshot else 1
+    )
     trainer.fit(module, data, ckpt_path=snapshot.state if snapshot else None)
 
 
-def _trainer(config: TrainConfig, setup: Setup, snapshot: Snapshot | None, callbacks: list[Callback]) -> Trainer:
-    first_step = snapshot.step if snapshot else 0
+def _trainer(config: TrainConfig, setup: Setup, callbacks: list[Callback]) -> Trainer:
     return Trainer(
         accelerator=setup.accelerator,
         devices=setup.devices,
@@ -364,7 +359,7 @@ def _trainer(config: TrainConfig, setup: Setup, snapshot: Snapshot | None, callb
         num_sanity_val_steps=0,
         log_every_n_steps=1,  # of self.log, which nothing here uses; its default warns about short runs
         use_distributed_sampler=False,
-        logger=TensorBoardLogger(run_folder(config), name="", version="tensorboard", purge_step=first_step + 1),
+        logger=False,  # set when it is known where training goes on
         callbacks=callbacks,
         plugins=cluster_plugins(),
         enable_progress_bar=False,
@@ -376,10 +371,10 @@ def _trainer(config: TrainConfig, setup: Setup, snapshot: Snapshot | None, callb
 def _callbacks(
     config: TrainConfig, setup: Setup, data: AdaptDataModule, source: Checkpoint, stop: StopOnSignal
 ) -> list[Callback]:
-    """Return the callbacks in the order in which they see a step: signal, limit, report, samples, checkpoint."""
+    """Return the callbacks in the order in which they see a step: signal, limit, report, faults, text, save."""
     clock = Clock()
     limits = [TimeLimit(config.max_minutes, clock)] if config.max_minutes else []
-    callbacks = [stop, *limits, Progress(clock)]
+    callbacks = [stop, *limits, Progress(clock), SkippedSteps()]
     if config.sample_every and setup.strategy in SHARDED:
         rank_zero_only(print)(f"no text samples under {setup.strategy}: no process holds all weights", flush=True)
     elif config.sample_every:

@@ -2,11 +2,16 @@
 
 import logging
 import os
+import shutil
+from argparse import Namespace
+from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -71,6 +76,42 @@ def cluster_plugins() -> list[SLURMEnvironment]:
     return [SLURMEnvironment(auto_requeue=False)] if is_under_srun else []
 
 
+def connect(trainer: Trainer, module: LightningModule) -> None:
+    """Start the other processes and join them in a group, so that they can agree before the fit, which joins it too."""
+    strategy = trainer.strategy
+    strategy.connect(module)
+    if strategy.launcher is None:
+        strategy.setup_environment()
+    else:
+        strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
+
+
+def reshard_zero(strategy: DeepSpeedStrategy, state: Path) -> None:
+    """Let the next load read a ZeRO checkpoint that another number of processes wrote; all processes call this.
+
+    Writes DeepSpeed's universal form of it, every parameter whole, into `state`: about as large as the checkpoint.
+    """
+    if strategy.is_global_zero:
+        from deepspeed.checkpoint.ds_to_universal import main
+
+        universal = state / "universal"
+        shutil.rmtree(universal, ignore_errors=True)  # of a killed start
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            main(
+                Namespace(
+                    input_folder=str(state / "checkpoint"),
+                    output_folder=str(universal),
+                    num_extract_workers=1,
+                    num_merge_workers=1,
+                    keep_temp_folder=False,
+                    strict=True,
+                    inject_missing_state=True,
+                )
+            )
+    strategy.barrier("universal checkpoint")
+    strategy.config["checkpoint"] = {"load_universal": True}
+
+
 def lightning_precision(precision: Literal["bf16", "fp16", "fp32"], strategy: StrategyName) -> str:
     """Return Lightning's name of a precision: float32 weights, half-precision products.
 
@@ -117,6 +158,22 @@ def deepspeed_gradient_norm(strategy: Strategy) -> Tensor | None:
     if not isinstance(strategy, DeepSpeedStrategy):
         return None
     return torch.as_tensor(float(strategy.deepspeed_engine.get_global_grad_norm() or 0.0))
+
+
+def deepspeed_skipped(strategy: Strategy) -> bool | None:
+    """Return whether DeepSpeed left out its last optimizer step, as it does for gradients that are not finite; None
+    under other strategies."""
+    if not isinstance(strategy, DeepSpeedStrategy):
+        return None
+    return not strategy.deepspeed_engine.was_step_applied()
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """Return what fp16 multiplies the loss by at present; 1 in other precisions."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        return float(trainer.strategy.deepspeed_engine.optimizer.loss_scale)
+    plugin = trainer.precision_plugin
+    return plugin.scaler.get_scale() if isinstance(plugin, MixedPrecision) and plugin.scaler else 1.0
 
 
 def read_zero_weights(folder: str) -> dict[str, Tensor]:

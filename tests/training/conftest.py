@@ -78,6 +78,13 @@ def exported_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     return load_file(run_folder(config) / "export" / "model.safetensors")
 
 
+def flip_a_bit(file):
+    """Change one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def run_program(config: TrainConfig, kill_after: int = 0, sent: signal.Signals = signal.SIGKILL) -> list[str]:
     """Run train.py on the config and return its lines.
 
