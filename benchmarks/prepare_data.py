@@ -60,7 +60,7 @@ def main(config: PrepareBenchmark) -> None:
         write_rows(config.source.split(","), file, config.megabytes * 10**6)
         revision, is_dirty = code_revision()
         print(f"{device_name(torch.device('cpu'))}; revision {revision[:10]}{' and changes' if is_dirty else ''}")
-        print("| what | tokens | seconds | tokens/s | tokens/s of CPU time | memory of all processes, MB |")
+        print("| what | tokens | seconds | tokens/s | tokens per CPU second | memory of all processes, MB |")
         print("|---|---|---|---|---|---|")
         _measure("tokenizer alone", partial(tokenizer_alone, config.checkpoint, str(file)))
         for num_workers in (0, 1, 2):
