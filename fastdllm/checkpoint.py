@@ -142,12 +142,16 @@ def open_checkpoint(
     )
 
 
-def checkpoint_size(source: str) -> int:
-    """Return the number of parameters without loading weights; a tied embedding counts once."""
+def empty_model(source: str) -> Qwen2ForCausalLM:
+    """Return the model that the source's config describes, without weights and without storage."""
     path = _local_path(source, config_only=True)
     raw = GgufFile(path).config() if path.suffix == ".gguf" else read_config(path)
-    qwen = _empty_qwen(Qwen2Config(**qwen_arguments(raw, source)))
-    return sum(parameter.numel() for parameter in qwen.parameters())
+    return _empty_qwen(Qwen2Config(**qwen_arguments(raw, source)))
+
+
+def checkpoint_size(source: str) -> int:
+    """Return the number of parameters without loading weights; a tied embedding counts once."""
+    return sum(parameter.numel() for parameter in empty_model(source).parameters())
 
 
 def add_mask_token(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> int:

@@ -69,7 +69,7 @@ class _Tokenized(NamedTuple):
     """A batch of rows after tokenising."""
 
     tokens: np.ndarray  # [total] int32
-    is_response: np.ndarray  # [total] uint8
+    is_response: np.ndarray  # [total] bool
     lengths: np.ndarray  # [documents] int64
     num_rows: int
     problems: list[str]
@@ -222,11 +222,4 @@ def _tokenize_batch(rows: list[Row], config: SourceConfig, tokenizer: Any) -> _T
             conversations.append(render(parse_row(row, config), tokenizer))
         except MalformedRow as problem:
             problems.append(f"{place}: {problem}")
-    documents = tokenize(conversations, tokenizer)
-    return _Tokenized(
-        np.array([token for tokens, _ in documents for token in tokens], dtype=np.int32),
-        np.array([label for _, labels in documents for label in labels], dtype=np.uint8),
-        np.array([len(tokens) for tokens, _ in documents], dtype=np.int64),
-        len(rows),
-        problems,
-    )
+    return _Tokenized(*tokenize(conversations, tokenizer), len(rows), problems)

@@ -5,12 +5,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import datasets
 import jinja2
+import numpy as np
 from datasets.exceptions import DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
@@ -311,18 +312,19 @@ def _apply_template(
 
 def tokenize(
     conversations: list[list[tuple[str, bool]]], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[int], list[bool]]]:
-    """Return (token ids, is_response) of each conversation's segments.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the token ids of all conversations' segments, end to end, their labels, and the conversations' lengths.
 
     Segments are encoded one by one, as decoding does with a prompt and what is generated after it.
+
+    Returns:
+        tokens: [total] int32; is_response: [total] bool; lengths: [conversations] int64.
     """
-    texts = [text for segments in conversations for text, _ in segments]
-    encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
-    documents = []
-    for segments in conversations:
-        tokens, labels = [], []
-        for (_, is_response), ids in zip(segments, encoded, strict=False):  # `encoded` goes on
-            tokens += ids
-            labels += [is_response] * len(ids)
-        documents.append((tokens, labels))
-    return documents
+    segments = [segment for conversation in conversations for segment in conversation]
+    texts, options = [text for text, _ in segments], {"add_special_tokens": False, "return_attention_mask": False}
+    ids = tokenizer(texts, **options, verbose=False)["input_ids"] if texts else []
+    counts = np.array([len(part) for part in ids], dtype=np.int64)
+    tokens = np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=counts.sum())
+    is_response = np.array([label for _, label in segments], dtype=np.bool_).repeat(counts)
+    ends = np.cumsum([0, *map(len, conversations)])
+    return tokens, is_response, np.diff(np.concatenate([[0], counts.cumsum()])[ends])

@@ -8,11 +8,12 @@ import yaml
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
-from fastdllm.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fastdllm.checkpoint import open_checkpoint, save_checkpoint
 from fastdllm.config_json import Adaptation
 from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.objective import ObjectiveConfig
 from fastdllm.runtime import code_revision, write_text
+from fastdllm.training.lora import LoraSettings, merged_weights
 from fastdllm.training.resume import CONFIG_FILE, locked
 from fastdllm.training.snapshots import Snapshot, newest_complete
 from fastdllm.training.strategies import read_zero_weights
@@ -33,22 +34,12 @@ def export_run(run: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     run = Path(run)
     if not (run / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{run} has no {CONFIG_FILE}, so it is no run folder; give one such as runs/demo.")
-    config = yaml.safe_load((run / CONFIG_FILE).read_text())
-    objective, decode = ObjectiveConfig(**config["objective"]), DecodeConfig(**config["decode"])
     with locked(run):
-        source = load_checkpoint(config["checkpoint"], dtype=dtype)
-        return write_export(run, source, objective, decode, config["task"], dtype)
+        return write_export(run, dtype)
 
 
-def write_export(
-    run: Path,
-    source: Checkpoint,
-    objective: ObjectiveConfig,
-    decode: DecodeConfig,
-    task: str,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Path:
-    """Write `<run>/export`: the weights of the newest complete checkpoint, all else from `source`.
+def write_export(run: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write `<run>/export`: the weights of the newest complete checkpoint, all else from the run's source and config.
 
     Raises:
         FileNotFoundError: there is no complete checkpoint yet.
@@ -56,13 +47,16 @@ def write_export(
     snapshot = newest_complete(run / "checkpoints")
     if snapshot is None:
         raise FileNotFoundError(f"{run / 'checkpoints'} holds no complete checkpoint yet; train longer.")
+    config = yaml.safe_load((run / CONFIG_FILE).read_text())
+    objective, decode = ObjectiveConfig(**config["objective"]), DecodeConfig(**config["decode"])
+    lora, source = LoraSettings(**config["lora"]), open_checkpoint(config["checkpoint"])
     adaptation = None
     if objective.kind == "block_diffusion":
         adaptation = Adaptation(
             block_size=objective.block_size,
             first_token=objective.first_token,
             context_attention=objective.context_attention,
-            task=task,
+            task=config["task"],
             threshold=decode.threshold,
             sub_block_size=decode.sub_block_size,
             data_tokens=snapshot.data_tokens,
@@ -70,6 +64,8 @@ def write_export(
             revision=code_revision()[0],
         )
     weights = read_weights(snapshot)
+    if lora.rank:
+        weights = merged_weights(source.model(), weights, lora)
     folder = run / EXPORT_FOLDER
     save_checkpoint(folder, weights, source.config, source.tokenizer, source.mask_token_id, adaptation, dtype=dtype)
     write_text(run / EXPORTED_FILE, f"{snapshot.step}\n")

@@ -34,7 +34,8 @@ NUM_NOISE_BINS = 10
 NEXT_TOKEN_BIN = NUM_NOISE_BINS  # targets of the autoregressive loss have no noise level
 COUNTERS = ("tokens", "rows", "operations", "dead_rows")
 WARMUP_MICRO_BATCHES = 2
-BACKWARD_AND_FORWARD = 3  # the backward pass costs two forward passes
+BACKWARD_AND_FORWARD = 3  # the backward pass costs two forward passes: gradients of the inputs and of the weights
+FROZEN_BACKWARD_AND_FORWARD = 2  # no gradients of the weights; what low-rank updates and attention add is not counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +234,7 @@ class AdaptModule(LightningModule):
         self.validation_meter: Meter | None = None
         self.counters: Tensor | None = None  # float64 since this start, see COUNTERS
         self.gradient_norm: Tensor | None = None
+        self.num_passes = FROZEN_BACKWARD_AND_FORWARD if self._frozen() else BACKWARD_AND_FORWARD
         self._is_configured = False
         self._num_micro_batches = 0
 
@@ -254,8 +256,9 @@ class AdaptModule(LightningModule):
     def configure_optimizers(self) -> dict:
         """Return AdamW (fused, unless fp16's loss scaling must see the gradients first) and its schedule."""
         config = self.optimizer_config
-        matrices = [p for name, p in self.named_parameters() if _decays(name, p)]
-        others = [p for name, p in self.named_parameters() if not _decays(name, p)]
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in trained if _decays(name, p)]
+        others = [p for name, p in trained if not _decays(name, p)]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(
             groups,
@@ -280,6 +283,20 @@ class AdaptModule(LightningModule):
         if self.gradient_norm is not None and optimizer.defaults["fused"]:
             optimizer.found_inf = (~self.gradient_norm.isfinite()).float()
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Leave frozen weights out: the source has them."""
+        for name in self._frozen():
+            del checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Put them back, so that loading still finds every missing or unknown name."""
+        own = self.state_dict()
+        for name in self._frozen():
+            checkpoint["state_dict"][name] = own[name]
+
+    def _frozen(self) -> list[str]:
+        return [name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad]
+
     def on_train_start(self) -> None:
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.float64, device=self.device)
         self.meter = Meter(self.device)
@@ -294,7 +311,7 @@ class AdaptModule(LightningModule):
         self._check_compilation(_num_compiled_graphs() - num_graphs)
         self.step_loss += objective.detach()
         self.meter.add(scores, objective, batch["num_tokens"])
-        flops = BACKWARD_AND_FORWARD * forward_flops(self.model.qwen.config, scores.size)
+        flops = self.num_passes * forward_flops(self.model.qwen.config, scores.size)
         counts = (batch["num_tokens"].sum(), scores.size.num_rows, flops, scores.num_dead_rows)
         for number, count in enumerate(counts):
             self.counters[number] += count

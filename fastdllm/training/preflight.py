@@ -34,6 +34,8 @@ class MemoryPlan:
     micro_batch_size: int
     rows_per_sample: int
     is_cuda: bool
+    num_lora_parameters: int = 0
+    """Values trained beside frozen weights; 0: all weights are trained."""
 
     @property
     def num_bytes(self) -> int:
@@ -44,7 +46,11 @@ class MemoryPlan:
         states = sum(part / (self.world_size if cut else 1) for part, cut in zip(parts, sharded, strict=True))
         values = KEPT_VALUES_PER_ROW * math.sqrt(self.num_parameters) * self.micro_batch_size * self.rows_per_sample
         overhead = CUDA_OVERHEAD_BYTES if self.is_cuda else 0
-        return int(states * self.num_parameters + values * (2 if self.is_half_precision else 4) + overhead)
+        value_bytes = 2 if self.is_half_precision else 4
+        weights = states * self.num_parameters
+        if self.num_lora_parameters:  # frozen weights need neither gradients nor an optimizer
+            weights = value_bytes * self.num_parameters + states * self.num_lora_parameters
+        return int(weights + values * value_bytes + overhead)
 
     def changed(self, **changes) -> "MemoryPlan":
         """Return the plan with other values."""
@@ -81,6 +87,8 @@ def _what_fits(plan: MemoryPlan, free_bytes: int) -> str:
     for size in sizes:
         if plan.changed(micro_batch_size=size).num_bytes <= free_bytes:
             return f"--micro_batch_size {size}"
+    if plan.num_lora_parameters:  # frozen weights are never divided
+        return ""
     for world_size in (plan.world_size, 2, 4, 8, 16, 32, 64):
         for strategy in ("deepspeed_stage_2", "deepspeed_stage_3"):
             for size in sizes:

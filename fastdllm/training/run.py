@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from fastdllm.checkpoint import Checkpoint, checkpoint_size, load_checkpoint
+from fastdllm.checkpoint import Checkpoint, empty_model, load_checkpoint
 from fastdllm.cli import to_yaml
 from fastdllm.data.datamodule import AdaptDataModule, DataConfig
 from fastdllm.data.sources import check_source
@@ -28,6 +28,7 @@ from fastdllm.training.callbacks import Progress, TextSamples, TimeLimit
 from fastdllm.training.clock import Clock
 from fastdllm.training.export import EXPORT_FOLDER, exported_step, write_export
 from fastdllm.training.faults import SkippedSteps
+from fastdllm.training.lora import LoraSettings, add_lora, num_lora_parameters
 from fastdllm.training.module import AdaptModule, OptimizerConfig
 from fastdllm.training.preflight import MemoryPlan, check_host_memory, check_memory
 from fastdllm.training.requeue import StopOnSignal, leave
@@ -123,6 +124,7 @@ class TrainConfig:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
 
     def __post_init__(self):
         if not self.name or "/" in self.name or self.name.startswith("."):
@@ -133,6 +135,8 @@ class TrainConfig:
         for key in ("seed", "max_minutes", "devices", "sample_every"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must be 0 or more, got {getattr(self, key)}.")
+        if self.lora.rank and self.strategy not in ("auto", "ddp"):
+            raise ValueError(f"lora.rank above 0 needs strategy auto or ddp, got {self.strategy}: nothing to divide.")
         if self.objective.block_size % self.decode.sub_block_size:
             raise ValueError(
                 f"decode.sub_block_size must divide objective.block_size ({self.objective.block_size}), got "
@@ -186,14 +190,16 @@ def train(config: TrainConfig) -> Path | None:
             return run / EXPORT_FOLDER
         if is_first:
             preflight(config, setup)
-        source = load_checkpoint(config.checkpoint)
+        source = load_checkpoint(
+            config.checkpoint, dtype=DTYPES[setup.precision] if config.lora.rank else torch.float32
+        )
         if is_first:
             _open_run(config, snapshot)
         if not is_done:
             _fit(config, setup, source, snapshot, stop)
         if stop.agreed:
             return leave(stop.agreed, is_first)
-        return write_export(run, source, config.objective, config.decode, config.task) if is_first else None
+        return write_export(run) if is_first else None
 
 
 def _is_done(config: TrainConfig, snapshot: Snapshot) -> bool:
@@ -277,7 +283,8 @@ def preflight(config: TrainConfig, setup: Setup) -> None:
     device, length = pick_device(setup.accelerator), config.data.sample_length
     if device.type == "cuda" and length % FLEX_TILE:
         raise ValueError(f"data.sample_length must be a multiple of {FLEX_TILE} (FlexAttention's tile), got {length}.")
-    num_parameters = checkpoint_size(config.checkpoint)
+    model = empty_model(config.checkpoint)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     plan = MemoryPlan(
         num_parameters=num_parameters,
         strategy=setup.strategy,
@@ -286,6 +293,7 @@ def preflight(config: TrainConfig, setup: Setup) -> None:
         micro_batch_size=config.micro_batch_size,
         rows_per_sample=config.objective.sample_shape(config.data.sample_length).num_rows,
         is_cuda=device.type == "cuda",
+        num_lora_parameters=num_lora_parameters(model, config.lora),
     )
     free = memory_bytes(device) // (1 if device.type == "cuda" else setup.devices)  # CPU processes share it
     check_memory(plan, free, device_name(device))
@@ -311,6 +319,8 @@ def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapsh
         mask_token_id=source.mask_token_id,
         context_attention="causal" if is_autoregressive else config.objective.context_attention,
     )
+    if config.lora.rank:
+        add_lora(model, config.lora, config.seed)
     module = AdaptModule(
         model,
         objective=config.objective,

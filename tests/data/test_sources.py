@@ -161,9 +161,22 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(byte_tokenizer, monke
 
 
 def test_tokenize_gives_each_conversation_its_own_segments(byte_tokenizer):
-    documents = tokenize([[("ab", False), ("c", True)], [], [("d", True)]], byte_tokenizer)
-    assert [labels for _, labels in documents] == [[False, False, True], [], [True]]
-    assert [byte_tokenizer.decode(tokens) for tokens, _ in documents] == ["abc", "", "d"]
+    segments = [[("ab", False), ("c", True)], [], [("d", True)]]
+    tokens, is_response, lengths = tokenize(segments, byte_tokenizer)
+    assert (byte_tokenizer.decode(tokens), is_response.tolist()) == ("abcd", [False, False, True, True])
+    assert lengths.tolist() == [3, 0, 1]
+    assert [len(part) for part in tokenize([], byte_tokenizer)] == [0, 0, 0]
+
+
+def test_a_conversation_that_the_template_refuses_leaves_the_others(tmp_path, byte_tokenizer, monkeypatch):
+    refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+    monkeypatch.setattr(byte_tokenizer, "chat_template", refusing + byte_tokenizer.chat_template)
+    rows = ["broken", *({"prompt": prompt, "response": "r"} for prompt in ("a", "no", "b")), "also broken"]
+    documents = prepare(tmp_path, byte_tokenizer, path=write_lines(tmp_path / "a.jsonl", rows))
+    assert [text.split()[1] for text, _ in texts(documents, byte_tokenizer)] == ["a<|im_end|>", "b<|im_end|>"]
+    problems = documents.meta["problems"]
+    assert [problem.split(":")[1] for problem in problems] == ["1", "3", "5"]
+    assert problems[1].endswith("the chat template refuses it (not this)")
 
 
 @pytest.mark.slow

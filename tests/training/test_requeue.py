@@ -12,8 +12,9 @@ from fastdllm.training import run
 from fastdllm.training.callbacks import Progress
 from fastdllm.training.clock import Clock
 from fastdllm.training.requeue import StopOnSignal, leave
-from fastdllm.training.resume import SaveCheckpoints, newest_complete
+from fastdllm.training.resume import SaveCheckpoints
 from fastdllm.training.run import run_folder, train
+from fastdllm.training.snapshots import newest_complete
 from training.conftest import exported_weights, run_program
 
 
