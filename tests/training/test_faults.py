@@ -109,9 +109,9 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(make_config, 
 
 @pytest.mark.slow
 def test_killed_processes_resume_bit_for_bit(tmp_path):
-    config = KillConfig(kills=2, max_steps=8, output_dir=str(tmp_path), seed=1)
+    config = KillConfig(kills=1, max_steps=5, output_dir=str(tmp_path), seed=1)
     tally = check_strategy(config, "ddp")
-    assert tally.differences == 0 and sum(tally.places.values()) == 2 and tally.places["save"]
+    assert tally.differences == 0 and tally.places["save"] == 1
 
 
 BAD_DATA = [
