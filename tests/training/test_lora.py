@@ -11,8 +11,8 @@ from fastdllm.training.export import export_run, read_weights
 from fastdllm.training.lora import LoraSettings, add_lora, merged_weights, num_lora_parameters
 from fastdllm.training.module import OptimizerConfig
 from fastdllm.training.preflight import GIB, MemoryPlan, check_memory
-from fastdllm.training.snapshots import newest_complete
 from fastdllm.training.run import run_folder, train
+from fastdllm.training.snapshots import newest_complete
 from training.conftest import run_program
 
 LORA = LoraSettings(rank=4, alpha=8.0)
