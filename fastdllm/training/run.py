@@ -293,6 +293,7 @@ def preflight(config: TrainConfig, setup: Setup) -> None:
         micro_batch_size=config.micro_batch_size,
         rows_per_sample=config.objective.sample_shape(config.data.sample_length).num_rows,
         is_cuda=device.type == "cuda",
+        recompute=config.recompute,
         num_lora_parameters=num_lora_parameters(model, config.lora),
     )
     free = memory_bytes(device) // (1 if device.type == "cuda" else setup.devices)  # CPU processes share it
