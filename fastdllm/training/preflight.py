@@ -19,7 +19,7 @@ SHARDED_PARTS = {
     "fsdp2": (True, True, True),
 }
 # Values kept for the backward pass per row, as a multiple of sqrt(parameters), by what is recomputed. Measured on one
-# H100 at 0.5B and 1.5B: 22 and 24 without, 13 and 14.5 selectively; "full" keeps one width per layer and one layer whole.
+# H100 at 0.5B and 1.5B: 22 and 24 without, 13 and 14.5 selectively; "full" keeps a width per layer and one layer.
 KEPT_VALUES_PER_ROW = {"none": 24, "selective": 14.5, "full": 4}
 CUDA_OVERHEAD_BYTES = 4 * GIB  # context, kernels, and a part of the logits
 
