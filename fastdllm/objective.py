@@ -220,9 +220,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             is_correct = torch.empty_like(token, dtype=torch.bool)
             score = _compiled_scores() if hidden.is_cuda else _scores
             rows = _rows_per_part(len(hidden), len(head))
+            logits = torch.empty(rows, len(head), dtype=head.dtype, device=head.device)
             for first in range(0, len(hidden), rows):
                 part = slice(first, first + rows)
-                logits = F.linear(hidden[part], head)  # [rows, V]
+                torch.mm(hidden[part], head.T, out=logits)
                 loss[part], is_correct[part] = score(logits, token[part], weight[part])
                 torch.mm(logits, head, out=hidden_gradient[part])  # what were logits is their gradient now
                 _add_product(head_gradient, logits, hidden[part])

@@ -78,6 +78,11 @@ def exported_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     return load_file(run_folder(config) / "export" / "model.safetensors")
 
 
+def by_hand(*values):
+    """A case that CI leaves out for its time: pytest -m by_hand."""
+    return pytest.param(*values, marks=pytest.mark.by_hand)
+
+
 def flip_a_bit(file):
     """Change one bit in the middle of a file."""
     content = bytearray(file.read_bytes())

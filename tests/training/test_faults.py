@@ -18,7 +18,7 @@ from fastdllm.training.export import read_weights
 from fastdllm.training.run import run_folder, train
 from fastdllm.training.snapshots import newest_complete, read_snapshot, snapshot_folders
 from training import probe
-from training.conftest import ROOT, flip_a_bit
+from training.conftest import ROOT, by_hand, flip_a_bit
 
 REFUSALS = (ValueError, FileNotFoundError, RuntimeError)
 PROBE = str(ROOT / "tests" / "training" / "probe.py")
@@ -56,7 +56,7 @@ def test_non_finite_step_changes_nothing_and_is_counted(make_config, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_stage_2"])
+@pytest.mark.parametrize("strategy", ["fsdp2", *(by_hand(name) for name in ("ddp", "deepspeed_stage_2"))])
 def test_non_finite_steps_of_one_process_are_skipped_by_all_and_twenty_end_training(make_config, strategy):
     config = make_config(max_steps=60, checkpoint_every=1, keep_checkpoints=60, devices=2, strategy=strategy)
     program = start(config, kind="inf", steps=[3, *range(6, 60)], rank=1)
@@ -101,7 +101,7 @@ def change_world_size(make_config, strategy, before, after, max_steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "before", "after"), [("auto", 1, 2), ("deepspeed_stage_2", 2, 1), ("fsdp2", 2, 1)]
+    ("strategy", "before", "after"), [("deepspeed_stage_2", 2, 1), by_hand("auto", 1, 2), by_hand("fsdp2", 2, 1)]
 )
 def test_another_number_of_processes_goes_on_with_the_same_samples(make_config, strategy, before, after):
     assert change_world_size(make_config, strategy, before, after, max_steps=10) < 1e-3
