@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastdllm.masks import CLEAN, EMPTY, VIEW_A, Rows, clean_rows, training_rows
 
