@@ -29,6 +29,7 @@ from fastdllm.cli import run
 from fastdllm.data.documents import Documents, prepare_documents
 from fastdllm.data.packing import pack
 from fastdllm.data.sources import SourceConfig, parse_row, read_rows, render
+from fastdllm.objective import ObjectiveConfig
 from fastdllm.runtime import code_revision, device_name
 
 TEXTS_PER_BATCH = 2000  # about what prepare_documents encodes at a time
@@ -116,7 +117,7 @@ def prepared(checkpoint: str, file: str, cache_dir: str, num_workers: int) -> Ca
 
 def packed(folder: str) -> Callable[[], int]:
     """Pack the documents into samples of 2048 tokens in blocks of 32."""
-    shape = {"sample_length": 2048, "block_size": 32, "mask_token_id": MASK_TOKEN_ID}
+    shape = {"objective": ObjectiveConfig(), "sample_length": 2048, "mask_token_id": MASK_TOKEN_ID}
     return lambda: int(pack(Documents(folder), **shape, long_documents="drop")[0].num_tokens.sum())
 
 

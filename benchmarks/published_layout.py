@@ -22,6 +22,8 @@ class PublishedPass(TrainingPass):
 
     def __init__(self, model, objective, sample_length: int, is_plain: bool):
         super().__init__(model, objective, sample_length)
+        if objective.first_token != "noised" or objective.ar_loss_weight:
+            raise ValueError("the published layout has no loss on its clean halves; use first_token noised alone.")
         self.is_plain = is_plain
 
     def forward(self, batch: dict[str, Tensor]) -> Scores:

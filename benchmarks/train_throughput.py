@@ -48,9 +48,9 @@ SHAPES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary
     "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936),
     "tiny": (64, 128, 2, 4, 2, 152064),
 }
-MICRO_BATCHES = {  # samples at a time: what fits into 80 GB
-    "qwen2.5-0.5b": {"published": 4, "published_fast": 4, "shared": 8, "dead_rows": 2, "ar": 16},
-    "qwen2.5-1.5b": {"published": 2, "published_fast": 2, "shared": 4, "dead_rows": 1, "ar": 8},
+MICRO_BATCHES = {  # samples at a time: the same rows in every layout, as many as fit into 80 GB
+    "qwen2.5-0.5b": {"published": 6, "published_fast": 6, "shared": 8, "dead_rows": 2, "ar": 24},
+    "qwen2.5-1.5b": {"published": 3, "published_fast": 3, "shared": 4, "dead_rows": 1, "ar": 12},
     "tiny": {"published": 1, "published_fast": 1, "shared": 1, "dead_rows": 1, "ar": 1},
 }
 LAYOUTS = ("published", "published_fast", "shared", "dead_rows", "ar")
@@ -213,7 +213,7 @@ def _measure(cell: Cell, config: ThroughputConfig) -> tuple[dict, bool]:
             )
         )
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return _row(cell, config, micro_batch_size, strategy, watch, device, peak), trainer.is_global_zero
+    return _row(cell, config, micro_batch_size, module, strategy, watch, device, peak), trainer.is_global_zero
 
 
 def _objective(layout: str) -> ObjectiveConfig:
@@ -271,10 +271,10 @@ def _write_documents(folder: Path, layout: str, config: ThroughputConfig, micro_
     write_text(folder / "meta.json", json.dumps({"source": "random", "documents": count}))
 
 
-def _row(cell, config, micro_batch_size, strategy, watch: Stopwatch, device, peak_bytes: int) -> dict:
+def _row(cell, config, micro_batch_size, module, strategy, watch: Stopwatch, device, peak_bytes: int) -> dict:
     (started, before), (ended, after) = watch.marks[config.warmup], watch.marks[watch.last]
     seconds = ended - started
-    tokens, rows, operations, dead = (now - then for now, then in zip(after, before, strict=True))
+    tokens, rows, operations, empty = (now - then for now, then in zip(after, before, strict=True))
     peak = peak_flops(device)
     commit, is_dirty = code_revision()
     return {
@@ -288,7 +288,7 @@ def _row(cell, config, micro_batch_size, strategy, watch: Stopwatch, device, pea
         "teraflops_per_device": operations / seconds / config.devices / 1e12,
         "peak_memory_gb": peak_bytes / 1e9,
         "rows_per_token": rows / tokens,
-        "dead_row_share": dead / rows,
+        "empty_row_share": empty / rows,
         "data_wait_share": watch.waited / seconds,
         "steps": config.steps,
         "seconds": seconds,
@@ -297,6 +297,8 @@ def _row(cell, config, micro_batch_size, strategy, watch: Stopwatch, device, pea
         "operations": operations,
         "warmup_seconds": started - watch.marks[0][0],
         "micro_batch_size": micro_batch_size,
+        "recompute": module.recompute,
+        "is_compiled": module.compile_layers,
         "first_losses": [round(float(loss), 5) for loss in watch.losses[:: config.accumulate][:4]],
         "device": device_name(device),
         "revision": commit,
@@ -311,7 +313,7 @@ def _line(row: dict) -> str:
         f"{row['shape']:<13} {row['layout']:<15} {row['strategy']:<18} x{row['devices']} mb{row['micro_batch_size']:<3}"
         f"{row['data_tokens_per_second']:>9,.0f} tok/s {row['rows_per_second']:>9,.0f} rows/s  "
         f"MFU {row['mfu'] or 0:.3f}  {row['peak_memory_gb']:5.1f} GB  wait {row['data_wait_share']:.4f}  "
-        f"dead {row['dead_row_share']:.3f}  warm-up {row['warmup_seconds']:.0f} s  losses {row['first_losses']}"
+        f"empty {row['empty_row_share']:.3f}  warm-up {row['warmup_seconds']:.0f} s  losses {row['first_losses']}"
     )
 
 

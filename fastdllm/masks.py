@@ -17,7 +17,7 @@ Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, 
 CLEAN, VIEW_A, VIEW_B = 0, 1, 2
 EMPTY = -1
 FLEX_TILE = 128
-MOST_BLOCKS = 2**15  # of a document, and of documents in a sample: their product is below 2**31 / 3
+MOST_BLOCKS = 2**14  # of a sample, so that codes of documents and blocks fit into 32 bits
 
 
 class Rows(NamedTuple):
@@ -163,6 +163,11 @@ class BlockMaskBuilder:
                     f"FlexAttention needs a multiple of {FLEX_TILE} {name}, got {number}; use a sample_length that is "
                     "one."
                 )
+        if num_rows // block_size > MOST_BLOCKS:
+            raise ValueError(
+                f"a sample may have {MOST_BLOCKS} blocks of {block_size} rows, got {num_rows // block_size}; use a "
+                "smaller sample_length."
+            )
         self.block_size, self.context_attention = block_size, context_attention
         self.lengths = (num_queries, num_rows)
         self.codes = _empty_codes(batch_size, num_rows, device)
@@ -174,6 +179,10 @@ class BlockMaskBuilder:
 
         Tiles without an allowed pair are left out; in full ones the predicate is not asked.
         """
+        if (queries is None) != (self.query_codes is self.codes):
+            raise ValueError(
+                f"this builder's queries and rows are {self.lengths}; queries go with fewer than all rows."
+            )
         for buffers, some in ((self.codes, rows), (self.query_codes, queries or rows)):
             for buffer, code in zip(buffers, _codes(some, self.block_size, self.context_attention), strict=True):
                 buffer.copy_(code)

@@ -101,6 +101,8 @@ class BlockDiffusionLM(nn.Module):
             attention_mask: [B, 1, T, S] bool or BlockMask; never None.
             chosen: the last layer then gives the other rows keys and values and nothing else.
         """
+        if chosen is not None and cache is not None:
+            raise ValueError("chosen rows are for training: the last layer would not fill the cache.")
         backbone = self.qwen.model
         hidden = backbone.embed_tokens(tokens)
         if torch.is_autocast_enabled(hidden.device.type):  # keep the residual stream in the compute dtype
@@ -212,7 +214,7 @@ def _attention(
         repeats = query.shape[1] // key.shape[1]
         key, value = (x[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2) for x in (key, value))
         attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
-        tiles = FLEX_TILES.get(query.shape[-1])
+        tiles = FLEX_TILES.get(query.shape[-1]) if query.dtype.itemsize == 2 else None
         output = attend(query, key, value, block_mask=attention_mask, scale=options["scaling"], kernel_options=tiles)
     else:
         scale = options["scaling"]

@@ -210,11 +210,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Weighted cross-entropy of a linear head, whose gradients are worked out in the forward pass, part by part."""
 
     @staticmethod
-    def forward(ctx, hidden, head_weight, token, weight):
+    def forward(ctx, hidden, head_weight, token, weight, is_trained):
         with torch.autocast(hidden.device.type, enabled=False):  # it would undo the float32 sums
             head = head_weight.to(hidden.dtype)
             exact = torch.promote_types(head.dtype, torch.float32)
-            head_gradient = torch.zeros(head.shape, dtype=exact, device=head.device)
+            head_gradient = torch.zeros(head.shape if is_trained else 0, dtype=exact, device=head.device)
             hidden_gradient, loss = torch.empty_like(hidden), torch.empty_like(weight, dtype=exact)
             is_correct = torch.empty_like(token, dtype=torch.bool)
             score = _compiled_scores() if hidden.is_cuda else _scores
@@ -222,19 +222,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = torch.empty(rows, len(head), dtype=head.dtype, device=head.device)
             for first in range(0, len(hidden), rows):
                 part = slice(first, first + rows)
+                logits = logits[: len(hidden[part])]  # the last part may be short
                 torch.mm(hidden[part], head.T, out=logits)
                 loss[part], is_correct[part] = score(logits, token[part], weight[part])
                 torch.mm(logits, head, out=hidden_gradient[part])  # what were logits is their gradient now
-                _add_product(head_gradient, logits, hidden[part])
+                if is_trained:
+                    _add_product(head_gradient, logits, hidden[part])
         ctx.save_for_backward(hidden_gradient, head_gradient)
-        ctx.head_dtype = head_weight.dtype
+        ctx.head_dtype, ctx.is_trained = head_weight.dtype, is_trained
         ctx.mark_non_differentiable(loss, is_correct)
         return (loss * weight).sum(), loss, is_correct
 
     @staticmethod
     def backward(ctx, total, *_):
         hidden_gradient, head_gradient = ctx.saved_tensors
-        return hidden_gradient * total, head_gradient.mul_(total).to(ctx.head_dtype), None, None
+        by_head = head_gradient.mul_(total).to(ctx.head_dtype) if ctx.is_trained else None
+        return hidden_gradient * total, by_head, None, None, None
 
 
 def token_losses(hidden: Tensor, head_weight: Tensor, token: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +250,8 @@ def token_losses(hidden: Tensor, head_weight: Tensor, token: Tensor, weight: Ten
     Returns:
         total: float32 (float64 for float64 inputs) []; loss: [M] of that dtype, in nats; is_correct: [M] bool.
     """
-    return _LinearCrossEntropy.apply(hidden, head_weight, token, weight)
+    is_trained = torch.is_grad_enabled() and head_weight.requires_grad
+    return _LinearCrossEntropy.apply(hidden, head_weight, token, weight, is_trained)
 
 
 def _scores(logits: Tensor, token: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,12 +275,11 @@ def _compiled_scores():
 
 
 def _rows_per_part(num_rows: int, vocabulary_size: int) -> int:
-    """Return how many rows are scored at a time: the largest even division of all rows within the budget."""
+    """Return how many rows are scored at a time: an even share of all rows within the budget, where there is one."""
     most = max(1, LOGITS_PER_PART // vocabulary_size)
-    num_parts = -(-num_rows // most)
-    while num_rows % num_parts:
-        num_parts += 1
-    return max(1, num_rows // max(1, num_parts))
+    fewest = -(-num_rows // most)
+    even = [number for number in range(fewest, 2 * fewest + 1) if number and num_rows % number == 0]
+    return num_rows // even[0] if even else most
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:

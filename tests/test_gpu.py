@@ -87,3 +87,17 @@ def test_greedy_tokens_on_the_gpu_equal_those_on_the_cpu_in_float32(byte_tokeniz
     cpu, _ = run(make_model(), byte_tokenizer, prompts, mode=mode, threshold=0.4, sub_block_size=4)
     gpu, _ = run(make_model().cuda(), byte_tokenizer, prompts, mode=mode, threshold=0.4, sub_block_size=4)
     assert [completion.tokens for completion in cpu] == [completion.tokens for completion in gpu]
+
+
+def test_half_precision_loss_head_equals_float64_with_both_gradients():
+    torch.manual_seed(0)
+    hidden = torch.randn(256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    head = (0.1 * torch.randn(1000, 64, device="cuda")).requires_grad_()
+    token, weight = torch.randint(0, 1000, (256,), device="cuda"), torch.rand(256, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        total, _, _ = objective.token_losses(hidden, head, token, weight)
+    exact = [tensor.detach().bfloat16().double().requires_grad_() for tensor in (hidden, head)]
+    losses = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, token, reduction="none")
+    theirs = torch.autograd.grad((losses * weight).sum(), exact)
+    for ours, expected in zip(torch.autograd.grad(total, (hidden, head)), theirs, strict=True):
+        assert_close(ours.double(), expected, atol=2e-2 * float(expected.abs().max()), rtol=2e-2)

@@ -70,10 +70,10 @@ class Progress(Callback):
         counters = add_over_processes(module.counters).tolist()  # waits for the device
         seconds = self.clock.seconds()
         spent = seconds - self._since[0]
-        tokens, rows, operations, dead = (now - then for now, then in zip(counters, self._since[1], strict=True))
+        tokens, rows, operations, empty = (now - then for now, then in zip(counters, self._since[1], strict=True))
         self._since = (seconds, counters)
         values = {"throughput/tokens_per_second": tokens / spent, "throughput/rows_per_second": rows / spent}
-        values |= {"throughput/rows_per_token": rows / tokens, "throughput/dead_rows": dead / rows}
+        values |= {"throughput/rows_per_token": rows / tokens, "throughput/empty_rows": empty / rows}
         values["throughput/data_wait"] = self._waited / spent
         self._waited = 0.0
         values["data/tokens"] = module.earlier_data_tokens + counters[0]
@@ -149,7 +149,7 @@ class TextSamples(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: AdaptModule, outputs, batch, batch_idx: int) -> None:
         step = trainer.global_step
-        if step == self.shown_step or step % self.every or not trainer.is_global_zero:
+        if step == self.shown_step or step % self.every or trainer.should_stop or not trainer.is_global_zero:
             return
         self.shown_step = step
         with self.clock.paused():

@@ -49,7 +49,7 @@ def write_export(run: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
         raise FileNotFoundError(f"{run / 'checkpoints'} holds no complete checkpoint yet; train longer.")
     config = yaml.safe_load((run / CONFIG_FILE).read_text())
     objective, decode = ObjectiveConfig(**config["objective"]), DecodeConfig(**config["decode"])
-    lora, source = LoraSettings(**config["lora"]), open_checkpoint(config["checkpoint"])
+    lora, source = LoraSettings(**config.get("lora", {})), open_checkpoint(config["checkpoint"])
     adaptation = None
     if objective.kind == "block_diffusion":
         adaptation = Adaptation(

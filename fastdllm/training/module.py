@@ -32,7 +32,7 @@ from fastdllm.training.strategies import clip_gradients, shard
 
 NUM_NOISE_BINS = 10
 NEXT_TOKEN_BIN = NUM_NOISE_BINS  # targets of the autoregressive loss have no noise level
-COUNTERS = ("tokens", "rows", "operations", "dead_rows")
+COUNTERS = ("tokens", "rows", "operations", "empty_rows")
 WARMUP_MICRO_BATCHES = 2
 BACKWARD_AND_FORWARD = 3  # the backward pass costs two forward passes: gradients of the inputs and of the weights
 FROZEN_BACKWARD_AND_FORWARD = 2  # no gradients of the weights; what low-rank updates and attention add is not counted
@@ -98,8 +98,8 @@ class Scores(NamedTuple):
     targets: Targets
     """Each [M]."""
     size: PassSize
-    num_dead_rows: Tensor
-    """int64 []: rows computed that the loss does not depend on."""
+    num_empty_rows: Tensor
+    """int64 []: rows computed that hold nothing, at the ends of samples."""
 
 
 class TrainingPass(nn.Module):
@@ -155,7 +155,10 @@ class TrainingPass(nn.Module):
 
 
 class Meter:
-    """Sums of loss, correct predictions and targets by noise level over some batches, on the device in float64."""
+    """Sums of loss, correct predictions and targets by noise level over some batches, on the device in float64.
+
+    A clean row that predicts its next token for both reasons (first_token clean, ar_loss_weight) counts by noise level.
+    """
 
     def __init__(self, device: torch.device):
         self.bins = torch.zeros(NUM_NOISE_BINS + 1, 3, dtype=torch.float64, device=device)  # loss, correct, targets
@@ -228,6 +231,7 @@ class AdaptModule(LightningModule):
         self.optimizer_config, self.max_steps, self.log_every = optimizer, max_steps, log_every
         self.compute_dtype, self.compile_layers = compute_dtype, compile_layers
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())  # before any sharding
+        self.num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.earlier_data_tokens = 0  # of all processes, before this start
         self.meter: Meter | None = None  # since the last report, which replaces it
         self.step_loss: Tensor | None = None  # of this process, this optimizer step
@@ -312,7 +316,7 @@ class AdaptModule(LightningModule):
         self.step_loss += objective.detach()
         self.meter.add(scores, objective, batch["num_tokens"])
         flops = self.num_passes * forward_flops(self.model.qwen.config, scores.size)
-        counts = (batch["num_tokens"].sum(), scores.size.num_rows, flops, scores.num_dead_rows)
+        counts = (batch["num_tokens"].sum(), scores.size.num_rows, flops, scores.num_empty_rows)
         for number, count in enumerate(counts):
             self.counters[number] += count
         finite = 1 + 0 * objective.detach()  # else NaN, so that a loss of inf is found in the gradients

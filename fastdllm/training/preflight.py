@@ -85,13 +85,14 @@ def check_host_memory(num_parameters: int, num_processes: int, free_bytes: int) 
 
 
 def _what_fits(plan: MemoryPlan, free_bytes: int) -> str:
-    """Return flags for the smallest change that fits, or "": smaller micro-batches, then more sharding and devices."""
-    if plan.recompute == "none" and plan.changed(recompute="selective").num_bytes <= free_bytes:
-        return "--recompute selective"
+    """Return flags for the smallest change that fits, or "": smaller micro-batches and selective recomputation, then
+    more sharding and devices."""
     sizes = [2**power for power in range(int(math.log2(plan.micro_batch_size)), -1, -1)]
-    for size in sizes:
-        if plan.changed(micro_batch_size=size).num_bytes <= free_bytes:
-            return f"--micro_batch_size {size}"
+    for recompute in dict.fromkeys((plan.recompute, "selective")):
+        for size in sizes:
+            if plan.changed(micro_batch_size=size, recompute=recompute).num_bytes <= free_bytes:
+                flag = "" if recompute == plan.recompute else "--recompute selective "
+                return f"{flag}--micro_batch_size {size}"
     if plan.num_lora_parameters:  # frozen weights are never divided
         return ""
     for world_size in (plan.world_size, 2, 4, 8, 16, 32, 64):

@@ -21,6 +21,10 @@ from fastdllm.training.strategies import reshard_zero
 LOCK_FILE = "lock"
 CONFIG_FILE = "config.yaml"
 MAY_CHANGE = (  # between two starts of one run: they change neither the weights nor what was logged
+    "task",
+    "compile",
+    "recompute",
+    "micro_batch_size",
     "devices",
     "num_nodes",
     "fresh",
@@ -84,8 +88,9 @@ def check_run(run: Path, config: Any) -> None:
         if key not in MAY_CHANGE and before.get(key, "absent") != now.get(key, "absent")
     ]
     if changed:
+        hint = " An absent key means that another revision started it." if "'absent'" in str(changed) else ""
         raise ValueError(
-            f"{run} was started with another config: {'; '.join(changed)}. Change it back, give the run another "
+            f"{run} was started with another config: {'; '.join(changed)}.{hint} Change it back, give the run another "
             "--name, or --fresh to delete the old run and start anew."
         )
 
@@ -189,9 +194,9 @@ class SaveCheckpoints(Callback):
         return describe_files(partial, trainer.global_rank, trainer.world_size)
 
     def _needed_bytes(self, module: AdaptModule) -> int:
-        """Return the size of the last checkpoint; before the first, that of float32 weights and AdamW's two means."""
+        """Return the size of the last checkpoint; before the first, float32 weights and AdamW's means."""
         folders = snapshot_folders(self.checkpoints)
-        return read_snapshot(folders[-1]).num_bytes if folders else 12 * module.num_parameters
+        return read_snapshot(folders[-1]).num_bytes if folders else 12 * module.num_trained
 
     def _free_bytes(self) -> int:
         self.checkpoints.mkdir(parents=True, exist_ok=True)

@@ -186,6 +186,8 @@ def train(config: TrainConfig) -> Path | None:
             check_run(run, config)
         snapshot = None if config.fresh else newest_complete(run / "checkpoints", read_contents=is_first)
         is_done = snapshot is not None and _is_done(config, snapshot)
+        if is_done and not is_first:  # the first process has read the files and may have passed this one over
+            is_done = newest_complete(run / "checkpoints") == snapshot
         if is_done and exported_step(run) == snapshot.step:
             return run / EXPORT_FOLDER
         if is_first:

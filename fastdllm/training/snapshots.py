@@ -93,7 +93,7 @@ def find_damage(folder: Path, read_contents: bool) -> str:
     try:
         files = read_snapshot(folder).files
     except (OSError, ValueError, TypeError) as error:
-        return f"{folder / META_FILE} cannot be read ({error})"
+        return f"{folder / META_FILE} cannot be read; another revision wrote it, or it is damaged ({error})"
     for name, (size, _) in files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else -1
         if found != size:
