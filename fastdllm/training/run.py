@@ -305,7 +305,7 @@ def preflight(config: TrainConfig, setup: Setup) -> None:
         f"{run_folder(config)}: {num_parameters / 1e6:,.1f}M parameters of {config.checkpoint} on {setup.world_size} x "
         f"{device_name(device)}, strategy {setup.strategy}, about {plan.num_bytes / 2**30:.1f} GiB a device\n"
         f"precision {setup.precision} ({setup.precision_reason}); a step is {setup.accumulate} x "
-        f"{config.micro_batch_size} samples of {config.data.sample_length} tokens or more on {setup.world_size} devices",
+        f"{config.micro_batch_size} samples of {config.data.sample_length} tokens on {setup.world_size} devices",
         flush=True,
     )
 
