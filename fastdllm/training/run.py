@@ -101,7 +101,7 @@ class TrainConfig:
     """Compile the layers one by one; auto does it on CUDA."""
     recompute: Recompute = "none"
     """What the backward pass works out again to save memory: none; selective, all but the outputs of matrix products
-    and attention (little time, two fifths of the memory); full, whole layers."""
+    and attention (little time; a third of the memory); full, whole layers."""
     micro_batch_size: int = 1
     """Samples that one device takes at a time, 1 or more."""
     global_batch_size: int = 256
