@@ -61,6 +61,7 @@ KNOWN_WARNINGS = (
     ".*all_gather_into_tensor.*",  # DeepSpeed 0.19 on torch 2.13
     "Since DeepSpeed handles gradient clipping.*",  # our own clipping leaves it to DeepSpeed
     "When saving the DeepSpeed Stage 3 checkpoint.*",  # the export reads the shards
+    ".*`srun` command is available.*",  # said on every machine that has Slurm
     ".*Detected that context_fn is passed to torch.utils.checkpoint.*",  # our layers have no in-place operations
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
