@@ -96,14 +96,16 @@ def make_scoring(config):
         {"decode": {"policy": "profile", "threshold": DEFAULT_THRESHOLD}},
     ],
 )
-def test_graphs_give_the_tokens_and_counts_of_eager_passes_on_the_cpu_in_float32(byte_tokenizer, options):
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_graphs_give_the_tokens_and_counts_of_eager_passes_on_the_cpu_in_float32(byte_tokenizer, options, is_fused):
     torch.backends.cuda.matmul.allow_tf32 = False
     requests = [Request(prompt=prompt, max_new_tokens=30) for prompt in make_prompts((1, 7, 8, 21, 40, 64))]
     decode = DecodeConfig(**{"threshold": 0.4, "sub_block_size": 4} | options.get("decode", {}))
     answers = []
     for device in ("cpu", "cuda"):
-        model = make_model().to(device)
-        settings = {"batch_size": 3, "free_rows": 256, "is_graphed": device == "cuda"} | options | {"decode": decode}
+        model, is_cuda = make_model(hidden_size=64).to(device), device == "cuda"
+        settings = {"batch_size": 3, "free_rows": 256, "is_graphed": is_cuda, "is_fused": is_cuda and is_fused}
+        settings |= options | {"decode": decode}
         engine = Engine(model, byte_tokenizer, **settings)
         answers.append(sorted(engine.run(requests), key=lambda completion: completion.index))
         assert (engine.capture_seconds > 0) == (device == "cuda")

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastdllm.decoding.cache import SlotCache, cache_bytes_per_place
+from fastdllm.decoding.cache import SlotCache, cache_bytes_per_place, head_size
 from fastdllm.decoding.config import DecodeConfig
 from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.fused import FusedPasses
 from fastdllm.decoding.graphs import GraphedPass
+from fastdllm.decoding.operations import has_kernels_for
 from fastdllm.decoding.policies import check_parameter
 from fastdllm.decoding.reuse import ReuseConfig, row_bucket
 from fastdllm.decoding.rows import Completion, Request, Row
@@ -56,10 +57,12 @@ class Engine:
         batch_size: int = 32,
         cache_bytes: int | None = None,
         free_rows: int | None = None,
-        is_graphed: bool = False,
-        is_fused: bool = False,
+        is_graphed: bool | None = None,
+        is_fused: bool | None = None,
     ):
         """Set up decoding.
+
+        Slots, their keys and values and the graphs stay for the next run, until `free` or until one needs larger ones.
 
         Args:
             mode: diffusion, or ar (token by token).
@@ -68,20 +71,27 @@ class Engine:
             free_rows: rows up to which a pass takes as long as for one: while the blocks of all slots have no more, the
                 whole block of each is computed at every step, so that the host need not decide; None for 256 with CUDA
                 graphs, 0 without.
-            is_graphed: replay passes as CUDA graphs; needs a GPU.
-            is_fused: run the fused forward pass, with Triton's kernels on a GPU, in place of transformers' layers.
+            is_graphed: replay passes as CUDA graphs; None: on a GPU, which it needs.
+            is_fused: run the fused forward pass in place of transformers' layers, with Triton's kernels on a GPU; None:
+                on a GPU, if the model's heads have a size that the kernels know.
         Raises:
             ValueError: settings that are out of range or do not go together.
         """
         self.model, self.tokenizer, self.mode, self.batch_size = model.eval(), tokenizer, mode, batch_size
         self.decode, self.reuse = decode or DecodeConfig(), reuse or ReuseConfig()
         self.cache_bytes = cache_bytes
-        self.is_graphed, self.is_fused = is_graphed, is_fused
-        self.free_rows = FREE_ROWS * is_graphed if free_rows is None else free_rows
+        is_cuda = model.device.type == "cuda"
+        self.is_graphed = is_cuda if is_graphed is None else is_graphed
+        self.is_fused = is_cuda and has_kernels_for(head_size(model)) if is_fused is None else is_fused
+        self.free_rows = FREE_ROWS * self.is_graphed if free_rows is None else free_rows
         self.stop_ids = stop_token_ids(tokenizer)
-        self.seconds = 0.0  # inside run, prefill included
+        self.seconds = 0.0
+        """Inside run, prefill included; without what follows."""
+        self.capture_seconds = 0.0
+        """Spent on recording CUDA graphs, and on compiling their kernels where that was never done before."""
         self.prefill_seconds = 0.0
-        self.capture_seconds = 0.0  # inside `seconds`: recording CUDA graphs
+        self.is_busy = False
+        """Whether a run has begun and not ended."""
         self.state: SlotState | None = None
         self._prefill_events: list[tuple] = []
         self._passes: dict[str, GraphedPass] = {}
@@ -147,22 +157,31 @@ class Engine:
     @torch.no_grad()
     def _serve(self, waiting: list[Row]) -> Iterator[Row]:
         """Decode the rows, the last one first; yield a row whenever it has moved on."""
+        if self.is_busy:
+            raise RuntimeError(
+                "this engine is in the middle of a run; let that end (or close it), or make another one."
+            )
         active: list[Row] = []
+        self.is_busy, is_ready = True, False
         try:
             while waiting or active:
-                started = time.perf_counter()
+                started, captured = time.perf_counter(), self.capture_seconds
                 try:
-                    if self.state is None:
+                    if not is_ready:
                         self._set_up(waiting)
+                        is_ready = True
                     moved = self._round(waiting, active)
                 except torch.OutOfMemoryError as error:
                     self._halve(error)
                     waiting += [self._row(row.index, row.request) for row in reversed(active)]
-                    active, moved = [], []
-                self.seconds += time.perf_counter() - started
+                    active, moved, is_ready = [], [], False
+                self.seconds += time.perf_counter() - started - (self.capture_seconds - captured)
                 yield from moved
         finally:
-            self._free_slots()
+            for row in active:  # of a run that was broken off
+                self.state.release(row.slot)
+            self._read_events()
+            self.is_busy = False
 
     def _round(self, waiting: list[Row], active: list[Row]) -> list[Row]:
         """Fill free slots, run the next pass of every slot and read what passes did; return the rows that moved on."""
@@ -184,16 +203,32 @@ class Engine:
         return moved
 
     def _set_up(self, waiting: list[Row]) -> None:
-        """Allocate as many slots as the batch and the memory allow, each long enough for any of the rows.
+        """Make sure of as many slots as the batch and the memory allow, each long enough for any of the rows.
 
         Raises:
             ValueError: not even one slot fits.
         """
-        size, model = self.model.block_size, self.model
+        size = self.model.block_size
         longest = max(waiting, key=lambda row: row.limit)
         capacity = -(-longest.limit // size) * size
         prefix = self._common_prefix(waiting)
         extra = 2 if prefix else 1  # the spare slot, and one for the common prefix
+        wanted = min(self.batch_size, len(waiting))
+        needed = (wanted, capacity, extra)
+        if self.state is not None and any(need > have for need, have in zip(needed, self._allocated, strict=True)):
+            self.free()
+        if self.state is None:
+            self._allocated = needed
+            self._allocate(longest, capacity, wanted, extra)
+        self._free, self._asked = list(range(self.num_slots)), deque()
+        # where rows are free, one kind of pass serves all slots, so the host need not know which pass each one needs
+        is_block_wise = self.mode == "diffusion" and not self._reuses
+        self._is_universal = is_block_wise and self.num_slots * size <= self.free_rows
+        self._lag = 1 if self.is_graphed and (self._is_universal or self.mode == "ar") else 0
+        self._read_prefix(prefix, self.num_slots)
+
+    def _allocate(self, longest: Row, capacity: int, wanted: int, extra: int) -> None:
+        model, size = self.model, self.model.block_size
         per_slot = (capacity + 1) * cache_bytes_per_place(model)
         budget = _free_bytes(model.device) if self.cache_bytes is None else self.cache_bytes
         fitting = budget // per_slot - extra
@@ -204,7 +239,7 @@ class Engine:
                 f"{(1 + extra) * per_slot:,} bytes of keys and values; {budget:,} are allowed, which {max(most, 0)} "
                 "tokens fit into: shorten it, or raise cache_bytes."
             )
-        self.num_slots = num_slots = min(self.batch_size, len(waiting), fitting)
+        self.num_slots = num_slots = min(wanted, fitting)
         self.state = SlotState(num_slots + extra, capacity, size, model.mask_token_id, model.device)
         self.cache = SlotCache(model, num_slots + extra, capacity)
         self.forward = (FusedPasses if self.is_fused else self.forward_class)(model, self.cache)
@@ -220,19 +255,15 @@ class Engine:
         )
         self._passes = {}
         self._pool = torch.cuda.graph_pool_handle() if self.is_graphed else None
-        self._free, self._asked = list(range(num_slots)), deque()
-        # where rows are free, one kind of pass serves all slots, so the host need not know which pass each one needs
-        self._is_universal = self.mode == "diffusion" and not self._reuses and num_slots * size <= self.free_rows
-        self._lag = 1 if self.is_graphed and (self._is_universal or self.mode == "ar") else 0
-        self._read_prefix(prefix, num_slots)
 
-    def _free_slots(self) -> None:
-        """Give the memory of slots and graphs back."""
-        self.capture_seconds += sum(graphed.seconds for graphed in self._passes.values())
+    def _read_events(self) -> None:
         if self._prefill_events:
             torch.cuda.synchronize(self.model.device)
             self.prefill_seconds += sum(begin.elapsed_time(end) for begin, end in self._prefill_events) / 1e3
         self._prefill_events = []
+
+    def free(self) -> None:
+        """Give the memory of slots and graphs back."""
         self.state = self.cache = self.forward = self.steps = self._pool = None
         self._passes = {}
 
@@ -242,7 +273,8 @@ class Engine:
             raise error
         self.batch_size = self.num_slots // 2
         print(f"out of memory: going on with {self.batch_size} requests at a time; finished ones are kept", flush=True)
-        self._free_slots()
+        self._read_events()
+        self.free()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -315,15 +347,16 @@ class Engine:
         longest = max(row.start - row.prefilled for row in rows)
         width = min(PREFILL_WIDTH, 1 << (longest - 1).bit_length())
         self._see(max(row.start for row in rows))
-        is_cuda, started = self.model.device.type == "cuda", time.perf_counter()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if is_cuda else []
-        for event in events[:1]:
-            event.record()
-        self._pass(rows, self.steps.prefill, width=width)
-        for event in events[1:]:
-            event.record()
-            self._prefill_events.append(tuple(events))
-        if not is_cuda:
+        prefill = self._prepared(rows, self.steps.prefill, width=width)
+        started = time.perf_counter()
+        if self.model.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            prefill()
+            end.record()
+            self._prefill_events.append((begin, end))
+        else:
+            prefill()
             self.prefill_seconds += time.perf_counter() - started
         for row in rows:
             row.prefilled += width
@@ -337,10 +370,16 @@ class Engine:
             self.forward.num_visible = min(length, self.cache.capacity)
 
     def _pass(self, rows: list[Row], run: Callable[..., Tensor | None], **options: int) -> Tensor | None:
+        return self._prepared(rows, run, **options)()
+
+    def _prepared(self, rows: list[Row], run: Callable, **options: int) -> Callable[[], Tensor | None]:
+        """Return a pass over the rows that has been recorded, if passes are, and is still to be run."""
         name = f"{run.__name__} {options}"
         if name not in self._passes:
             self._passes[name] = GraphedPass(partial(run, **options), self.state.spare, self.model.device, self._pool)
-        return self._passes[name]([row.slot for row in rows])
+        graphed, slots = self._passes[name], [row.slot for row in rows]
+        self.capture_seconds += graphed.prepare(len(slots))
+        return partial(graphed, slots)
 
     def _report(self, slots: Tensor) -> Tensor:
         return self.state.report(2 * self.model.block_size)

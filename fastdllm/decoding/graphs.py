@@ -25,18 +25,23 @@ class GraphedPass:
 
     def __init__(self, run: Callable[[Tensor], Tensor | None], spare: int, device: torch.device, pool):
         self.run, self.spare, self.device, self.pool = run, spare, device, pool
-        self.seconds = 0.0
-        """Spent on warm-up and recording."""
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None]] = {}
         self._held: dict[int, list[int]] = {}
 
+    def prepare(self, count: int) -> float:
+        """Record the pass for `count` slots, unless it is there; return the seconds that it took, warm-up included."""
+        size = recorded_size(count)
+        if self.pool is None or size in self._graphs:
+            return 0.0
+        started = time.perf_counter()
+        self._graphs[size] = self._record(size)
+        return time.perf_counter() - started
+
     def __call__(self, slots: list[int]) -> Tensor | None:
-        """Run the pass; return what it returns, which the next call overwrites."""
+        """Run the pass, which is prepared; return what it returns, which the next call overwrites."""
         if self.pool is None:
             return self.run(torch.tensor(slots, dtype=torch.int64, device=self.device))
         size = recorded_size(len(slots))
-        if size not in self._graphs:
-            self._graphs[size] = self._record(size)
         graph, numbers, result = self._graphs[size]
         if self._held.get(size) != slots:
             filled = torch.tensor(slots + [self.spare] * (size - len(slots)), dtype=torch.int64).pin_memory()
@@ -46,10 +51,7 @@ class GraphedPass:
         return result
 
     def _record(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None]:
-        started = time.perf_counter()
-        numbers = torch.full(
-            (size,), self.spare, dtype=torch.int64, device=self.device
-        )  # the spare slot is left as it is
+        numbers = torch.full((size,), self.spare, device=self.device)  # the spare slot is left as it is
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -60,5 +62,4 @@ class GraphedPass:
         with torch.cuda.graph(graph, pool=self.pool):
             result = self.run(numbers)
         torch.cuda.synchronize(self.device)
-        self.seconds += time.perf_counter() - started
         return graph, numbers, result

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdllm.decoding.operations import HeadStatistics, PassRows
+from fastdllm.decoding.operations import HeadStatistics, PassRows, has_kernels_for
 
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)  # Triton's interpreter would multiply bfloat16 as integers
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where a difference of two is taken
@@ -90,7 +90,7 @@ class Kernels:
 
     def attend_slots(self, query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, limits: Tensor) -> Tensor:
         (B, T, H, E), (_, G, capacity, _) = query.shape, keys.shape
-        if E < 16 or E & (E - 1):
+        if not has_kernels_for(E):
             raise ValueError(f"the kernels need a head size of 16, 32, 64, ..., got {E}; take `operations` instead.")
         rows, places = min(64, max(16, triton.next_power_of_2(T * H // G))), 64
         programs = triton.cdiv(T * H // G, rows) * B * G

@@ -37,6 +37,11 @@ class HeadStatistics(NamedTuple):
     """In nats."""
 
 
+def has_kernels_for(head_size: int) -> bool:
+    """Whether Triton's kernels take heads of this size: 16, 32, 64, ..."""
+    return head_size >= 16 and head_size & (head_size - 1) == 0
+
+
 def multiply(rows: Tensor, weight: Tensor) -> Tensor:
     """Return rows [R, K] times weight [N, K] transposed, in parts [P, R, N] to be added up; here P is 1."""
     return F.linear(rows, weight)[None]

@@ -22,6 +22,7 @@ class TextGenerator:
 
     def __init__(self, model: BlockDiffusionLM, tokenizer: PreTrainedTokenizerBase, mode: str, decode: DecodeConfig):
         self.model, self.tokenizer, self.mode, self.decode = model, tokenizer, mode, decode
+        self._engine: Engine | None = None  # of the last options: it keeps its slots and CUDA graphs
 
     def generate(
         self, prompt: str | list[dict[str, str]], *, max_new_tokens: int = 512, seed: int = 0, **options
@@ -66,7 +67,10 @@ class TextGenerator:
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         config = dataclasses.replace(self.decode, **decode)
-        engine = Engine(self.model, self.tokenizer, mode=self.mode, decode=config, reuse=reuse, batch_size=1)
+        engine = self._engine
+        if engine is None or engine.is_busy or (engine.decode, engine.reuse) != (config, reuse):
+            engine = Engine(self.model, self.tokenizer, mode=self.mode, decode=config, reuse=reuse, batch_size=1)
+            self._engine = engine
         return engine, Request(prompt=ids, max_new_tokens=max_new_tokens, seed=seed)
 
 

@@ -21,6 +21,9 @@ class TransformersEngine:
         self.seconds = 0.0
         self.decode_seconds = None  # transformers does not tell prefill from decoding
 
+    def free(self) -> None:
+        """Nothing is kept between runs."""
+
     def run(self, requests: list[Request]) -> Iterator[Completion]:
         """Answer every request, batch by batch in order."""
         for start in range(0, len(requests), self.batch_size):

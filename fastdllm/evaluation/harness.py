@@ -169,7 +169,9 @@ class FastDLLMv2(TemplateLM):
         engine = self._engine()
         queue = [self._request(number, instance) for number, instance in enumerate(requests)]
         if self._device.type == "cuda":  # allocator, kernels and libraries are set up outside the timing
-            list(self._engine().run([Request(prompt=queue[0].prompt, max_new_tokens=self.model.block_size)]))
+            list(engine.run([Request(prompt=queue[0].prompt, max_new_tokens=self.model.block_size)]))
+            engine.free()
+            engine = self._engine()
         answers: list[str] = [""] * len(requests)
         for completion in tqdm(engine.run(queue), total=len(queue), desc="problems", disable=disable_tqdm or None):
             instance = requests[completion.index]
@@ -180,6 +182,7 @@ class FastDLLMv2(TemplateLM):
             self.cache_hook.add_partial("generate_until", instance.args, completion.text)
         self.seconds += engine.seconds
         self.decode_seconds += engine.decode_seconds or 0.0
+        engine.free()
         if self.arguments.show_speed:
             tokens = sum(completion.counted_tokens for completion in self.completions.values())
             print(f"{tokens} tokens in {self.seconds:.1f} s: {tokens / self.seconds:.1f} tokens/s")

@@ -70,6 +70,8 @@ def make_callbacks(
                     tokenizer=tokenizer,
                     mode="ar" if config.objective.kind == "autoregressive" else "diffusion",
                     decode=config.decode,
+                    is_graphed=False,  # a few requests, on weights that training goes on to change
+                    is_fused=False,
                 ),
                 clock=clock,
             )

@@ -1,6 +1,7 @@
 """The engine against the plain decoders, in float32; and what it counts."""
 
 from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ MASK = 259
 TIE = 1e-5
 
 
-def make_model(block_size=8, context="block", seed=0, layers=4):
+def make_model(block_size=8, context="block", seed=0, layers=4, **changes):
     # large random weights: peaked, varied predictions, so that thresholds and stop tokens matter
-    qwen = make_qwen(seed, initializer_range=0.35, num_hidden_layers=layers)
+    qwen = make_qwen(seed, initializer_range=0.35, num_hidden_layers=layers, **changes)
     return BlockDiffusionLM(qwen, block_size=block_size, mask_token_id=MASK, context_attention=context)
 
 
@@ -28,6 +29,7 @@ def make_prompts(lengths, seed=0):
     return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in lengths]
 
 
+by_index = attrgetter("index")
 LENGTHS = (1, 5, 7, 8, 9, 16, 21)  # below, at and above block multiples
 
 
@@ -293,6 +295,27 @@ def test_memory_limits_the_slots_and_a_request_that_cannot_fit_is_refused(byte_t
     assert engine.num_slots == 2 and len(ours) == 3
     with pytest.raises(ValueError, match="request 0 may grow to 39 tokens.*which 24 tokens"):
         answers(model, byte_tokenizer, requests[:1], cache_bytes=2 * 30 * per_place)
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "ar"])
+def test_an_engine_keeps_its_slots_for_the_next_run_and_changes_nothing_by_it(byte_tokenizer, mode):
+    model, prompts = make_model(), make_prompts(LENGTHS)
+    requests = [Request(prompt=prompt, max_new_tokens=30) for prompt in prompts]
+    decode = DecodeConfig(threshold=0.4, sub_block_size=4)
+    kept, states = Engine(model, byte_tokenizer, mode=mode, decode=decode, batch_size=3), []
+    broken_off = kept.run(requests)
+    next(broken_off)
+    with pytest.raises(RuntimeError, match="in the middle of a run"):
+        next(kept.run(requests))
+    broken_off.close()
+    for batch in (requests[::-1], requests[:2], requests):
+        fresh = Engine(model, byte_tokenizer, mode=mode, decode=decode, batch_size=3)
+        ours, expected = (sorted(engine.run(batch), key=by_index) for engine in (kept, fresh))
+        assert ours == expected
+        states.append(kept.state)
+    assert states[0] is states[1] is states[2]
+    list(kept.run([Request(prompt=prompts[-1], max_new_tokens=60)]))  # too long for the slots that are there
+    assert kept.state is not states[0]
 
 
 def test_each_request_may_have_its_own_threshold(byte_tokenizer):

@@ -267,8 +267,7 @@ class AllRows(Steps):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_with_all_rows_active_it_is_the_plain_step(byte_tokenizer, monkeypatch, batch_size):
-    monkeypatch.setattr(Engine, "_free_slots", lambda engine: None)  # to look at the cache
+def test_with_all_rows_active_it_is_the_plain_step(byte_tokenizer, batch_size):
     model, prompts = make_model(), make_prompts(LENGTHS)
     decode, answers, caches = DecodeConfig(threshold=0.4, sub_block_size=8), [], []
     for reuse, steps_class in ((ReuseConfig(), Steps), (NEEDED, AllRows)):
