@@ -122,8 +122,8 @@ class FusedForward:
 
     @torch.no_grad()
     def statistics(self, hidden: Tensor) -> HeadStatistics:
-        """Return what the logits of hidden [R, C] say, without the mask token."""
-        return self.kernels.head_statistics(hidden, self._head, self.mask_token_id)
+        """Return what the logits of hidden [R, C], which may be a view, say, without the mask token."""
+        return self.kernels.head_statistics(hidden.contiguous(), self._head, self.mask_token_id)
 
     def _attend(
         self, index: int, hidden: Tensor, parts: Tensor | None, rows: PassRows, cache: SlotCache
