@@ -10,13 +10,12 @@ import torch
 from decode_report import make_row  # beside this file
 from replay import replaying
 from shapes import MASK_TOKEN_ID, random_qwen
-from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
 from fastdllm.decoding.cache import cache_bytes_per_place
 from fastdllm.decoding.engine import DecodeConfig, Engine, Request
 from fastdllm.decoding.rows import Row
-from fastdllm.decoding.state import COUNTERS, Phase
+from fastdllm.decoding.state import NUMBERS, Phase
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.runtime import code_revision, device_name, get_optimal_dtype, library_versions, pick_device
 
@@ -80,16 +79,12 @@ class TimedEngine(Engine):
         for slot, row in enumerate(rows):
             row.slot, row.phase = slot, PHASES[cell.kind]
             row.start = cell.context - (cell.kind == "token")
-            prompt = torch.tensor(row.request.prompt, device=self.model.device)
-            options = dict(limit=row.limit, prefilled=cell.context, parameter=self.decode.parameter, seed=0)
-            self.state.admit(slot, prompt, start=row.start, **options)
+            numbers = dict(limit=row.limit, prefilled=cell.context, start=row.start, phase=PHASES[cell.kind])
+            if cell.kind == "sub_block":
+                numbers |= dict(offset=SUB_BLOCK_SIZE, has_cache=1)
+            self.state.admit(slot, row.request.prompt, parameter=self.decode.parameter, **numbers)
             self.state.tokens[slot, cell.context : cell.context + known] = slot + 1
-        slots = slice(0, cell.batch_size)
-        self.state.phase[slots] = PHASES[cell.kind]
-        if cell.kind == "sub_block":
-            self.state.offset[slots] = SUB_BLOCK_SIZE
-            self.state.has_cache[slots] = True
-        self._kept = {name: value.clone() for name, value in vars(self.state).items() if isinstance(value, Tensor)}
+        self._kept = {name: getattr(self.state, name).clone() for name in ("tokens", "numbers")}
         return rows
 
     def reset(self) -> None:
@@ -103,8 +98,8 @@ class TimedEngine(Engine):
 
     def check_pass(self, rows: list[Row]) -> None:
         """Raise RuntimeError if the last pass did not serve every slot."""
-        columns = [COUNTERS.index(name) for name in ("denoise_passes", "append_passes")]
-        counts = (self.state.counts - self._kept["counts"])[: len(rows), columns].sum(1)
+        columns = [NUMBERS.index(name) for name in ("denoise_passes", "append_passes")]
+        counts = (self.state.numbers - self._kept["numbers"])[: len(rows), columns].sum(1)
         if (counts != 1).any():
             raise RuntimeError(f"a timed pass must serve each slot once, got {counts.tolist()}.")
 

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdllm.decoding.policies import Fixed, Proposals
-from fastdllm.decoding.state import COUNTERS
+from fastdllm.decoding.state import SlotNumbers
 from fastdllm.decoding.steps import Steps
-
-DENOISE_PASSES = COUNTERS.index("denoise_passes")
 
 
 class InOrder(Fixed):
@@ -33,8 +31,8 @@ def replaying(trace: list[int]) -> type[Steps]:
             self.policy = InOrder()
             self.trace = torch.tensor(trace, dtype=torch.float32, device=self.model.device)
 
-        def _parameter(self, slots: Tensor) -> Tensor:
-            return self.trace[self.state.counts[slots, DENOISE_PASSES] % len(trace)]
+        def _parameter(self, slots: Tensor, at: SlotNumbers) -> Tensor:
+            return self.trace[at.denoise_passes % len(trace)]
 
     return ReplayedSteps
 

@@ -23,7 +23,7 @@ from fastdllm.decoding.operations import has_kernels_for
 from fastdllm.decoding.policies import check_parameter
 from fastdllm.decoding.reuse import ReuseConfig, row_bucket
 from fastdllm.decoding.rows import Completion, Request, Row
-from fastdllm.decoding.state import COUNTERS, Phase, SlotState
+from fastdllm.decoding.state import COUNTERS, Phase, SlotState, to_device
 from fastdllm.decoding.steps import Steps
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.runtime import memory_bytes
@@ -304,18 +304,18 @@ class Engine:
             self.cache.copy_prefix(self._prefix_slot, row.slot, row.prefilled)
         self._put(row, row.prefilled)
         if row.start <= row.prefilled:
-            self.steps.begin(torch.tensor([row.slot], device=self.model.device))
+            self.steps.begin(to_device([row.slot], self.model.device))
             row.phase = self._first_phase
 
     def _put(self, row: Row, prefilled: int) -> None:
         request = row.request
         self.state.admit(
             row.slot,
-            torch.tensor(request.prompt, device=self.model.device),
+            request.prompt,
+            parameter=self.decode.parameter if request.parameter is None else request.parameter,
             limit=row.limit,
             prefilled=prefilled,
             start=row.start,
-            parameter=self.decode.parameter if request.parameter is None else request.parameter,
             seed=request.seed,
         )
 

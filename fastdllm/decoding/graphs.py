@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastdllm.decoding.state import to_device
+
 WARM_UPS = 2  # runs before recording, in which libraries and compilers set themselves up
 
 
@@ -40,12 +42,11 @@ class GraphedPass:
     def __call__(self, slots: list[int]) -> Tensor | None:
         """Run the pass, which is prepared; return what it returns, which the next call overwrites."""
         if self.pool is None:
-            return self.run(torch.tensor(slots, dtype=torch.int64, device=self.device))
+            return self.run(to_device(slots, self.device))
         size = recorded_size(len(slots))
         graph, numbers, result = self._graphs[size]
         if self._held.get(size) != slots:
-            filled = torch.tensor(slots + [self.spare] * (size - len(slots)), dtype=torch.int64).pin_memory()
-            numbers.copy_(filled, non_blocking=True)
+            numbers.copy_(to_device(slots + [self.spare] * (size - len(slots)), self.device))
             self._held[size] = list(slots)
         graph.replay()
         return result

@@ -5,6 +5,7 @@ sequence of kernels at each step and needs no answer from the host.
 """
 
 from enum import IntEnum
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -41,72 +42,81 @@ COUNTERS = (
 )
 
 
+NUMBERS = (
+    "phase",
+    "prompt_length",
+    "limit",  # places that prompt and answer may take
+    "prefilled",  # places of the prompt in the block cache
+    "start",  # first place of the current block; in AR mode, place of the newest token
+    "offset",  # of the current sub-block in the block
+    "step",  # denoising steps in this block
+    "has_cache",  # 1 if the block's own keys and values were computed
+    "guess",  # token with which the next block is guessed to begin
+    "num_active",  # active rows of the next sub-block step, if those alone are computed
+    "final",  # places whose tokens nothing can change any more
+    "seed",
+    "draws",  # steps that have drawn random numbers
+    *COUNTERS,
+)
+
+
+class SlotNumbers(SimpleNamespace):
+    """The NUMBERS of some slots, [B] int64 each: a copy that a pass changes and puts back at once."""
+
+
 class SlotState:
-    """State of `num_slots` slots; tensors are [num_slots] int64 unless said otherwise. The last slot is never used."""
+    """State of `num_slots` slots. The last slot is never used."""
 
     def __init__(self, num_slots: int, capacity: int, block_size: int, mask_token_id: int, device: torch.device):
-        def numbers() -> Tensor:
-            return torch.zeros(num_slots, dtype=torch.int64, device=device)
-
-        self.spare = num_slots - 1
+        self.spare, self.mask_token_id = num_slots - 1, mask_token_id
         self.tokens = torch.full((num_slots, capacity), mask_token_id, device=device)
-        """[num_slots, capacity]: prompt and answer, mask tokens where nothing is decided."""
-        self.phase = numbers()
-        self.prompt_length = numbers()
-        self.limit = numbers()
-        """Places that prompt and answer may take."""
-        self.prefilled = numbers()
-        """Places of the prompt in the block cache."""
-        self.start = numbers()
-        """First place of the current block; in AR mode, place of the newest token."""
-        self.offset = numbers()
-        """Offset of the current sub-block in the block."""
-        self.step = numbers()
-        """Denoising steps in this block."""
-        self.has_cache = torch.zeros(num_slots, dtype=torch.bool, device=device)
-        """Whether the block's own keys and values were computed."""
-        self.guess = numbers()
-        """Token with which the next block is guessed to begin."""
+        """[num_slots, capacity] int64: prompt and answer, mask tokens where nothing is decided."""
+        self.numbers = torch.zeros(num_slots, len(NUMBERS), dtype=torch.int64, device=device)
+        """[num_slots, NUMBERS]: one tensor, so that a pass reads and writes them in two kernels and not in forty."""
+        self.phase = self.numbers[:, NUMBERS.index("phase")]
+        self.counts = self.numbers[:, -len(COUNTERS) :]
+        self.parameter = torch.zeros(num_slots, dtype=torch.float32, device=device)
+        """[num_slots]: the policy's parameter, such as the threshold."""
         self.is_dirty = torch.zeros(num_slots, block_size, dtype=torch.bool, device=device)
         """[num_slots, D]: places unmasked since their keys and values were computed; kept for active rows alone."""
-        self.num_active = numbers()
-        """Active rows of the next sub-block step, if those alone are computed."""
-        self.final = numbers()
-        """Places whose tokens nothing can change any more."""
-        self.parameter = torch.zeros(num_slots, dtype=torch.float32, device=device)
-        """The policy's parameter, such as the threshold."""
-        self.seed = numbers()
-        self.draws = numbers()
-        """Steps that have drawn random numbers."""
-        self.counts = torch.zeros(num_slots, len(COUNTERS), dtype=torch.int64, device=device)
-        """[num_slots, COUNTERS]."""
 
-    def admit(
-        self, slot: int, prompt: Tensor, *, limit: int, prefilled: int, start: int, parameter: float, seed: int
-    ) -> None:
-        """Put a request into a slot: `prompt` [P] int64 on the device, of which `prefilled` places are in the cache."""
-        self.tokens[slot].fill_(self.tokens[self.spare, 0])
-        self.tokens[slot, : len(prompt)] = prompt
-        self.counts[slot] = 0
-        values = {"prompt_length": len(prompt), "limit": limit, "prefilled": prefilled, "start": start, "seed": seed}
-        zeros = dict.fromkeys(("offset", "step", "has_cache", "is_dirty", "num_active", "draws"), 0)
-        for name, value in (values | zeros | {"final": len(prompt), "parameter": parameter}).items():
-            getattr(self, name)[slot] = value
-        self.phase[slot] = Phase.PREFILL
+    def admit(self, slot: int, prompt: list[int], *, parameter: float, **numbers: int) -> None:
+        """Put a request into a slot: its prompt, the policy's parameter, and those of NUMBERS that are not 0."""
+        known = {"phase": Phase.PREFILL, "prompt_length": len(prompt), "final": len(prompt)} | numbers
+        row = to_device([known.get(name, 0) for name in NUMBERS] + prompt, self.tokens.device)
+        self.numbers[slot] = row[: len(NUMBERS)]
+        self.tokens[slot].fill_(self.mask_token_id)
+        self.tokens[slot, : len(prompt)] = row[len(NUMBERS) :]
+        self.parameter[slot] = parameter
+        self.is_dirty[slot] = False
 
     def release(self, slot: int) -> None:
         """Stop decoding a slot."""
         self.phase[slot] = Phase.IDLE
+
+    def take(self, slots: Tensor) -> SlotNumbers:
+        """Return the numbers of `slots` [B] int64."""
+        return SlotNumbers(**dict(zip(NUMBERS, self.numbers[slots].unbind(1), strict=True)))
+
+    def put(self, slots: Tensor, at: SlotNumbers) -> None:
+        """Write the numbers of `slots` back."""
+        self.numbers[slots] = torch.stack([getattr(at, name) for name in NUMBERS], dim=1)
 
     def report(self, tail: int) -> Tensor:
         """Return what the host follows, [num_slots, 3 + COUNTERS + tail].
 
         Phase, final, active rows, counts, last final tokens.
         """
-        places = self.final[:, None] - tail + torch.arange(tail, device=self.final.device)
+        final, num_active = (self.numbers[:, NUMBERS.index(name)] for name in ("final", "num_active"))
+        places = final[:, None] - tail + torch.arange(tail, device=final.device)
         last = self.tokens.gather(1, places.clamp(min=0))
-        numbers = torch.stack([self.phase, self.final, self.num_active], dim=1)
-        return torch.cat([numbers, self.counts, last], dim=1)
+        return torch.cat([torch.stack([self.phase, final, num_active], dim=1), self.counts, last], dim=1)
+
+
+def to_device(numbers: list[int], device: torch.device) -> Tensor:
+    """Return the numbers as int64 on the device, without waiting for what it is doing."""
+    tensor = torch.tensor(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def uniform_draws(seed: Tensor, draws: Tensor, count: int) -> Tensor:

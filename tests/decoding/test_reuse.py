@@ -120,12 +120,17 @@ class PoisonedSteps(Steps):
         super().begin(slots)
 
     def prefill(self, slots, width):
+        self._slots = slots
         self._poison(slots)
         super().prefill(slots, width)
 
-    def _begin_block(self, slots, is_begun, token):
-        self._poison(slots[is_begun])
-        super()._begin_block(slots, is_begun, token)
+    def block(self, slots, **options):
+        self._slots = slots
+        super().block(slots, **options)
+
+    def _begin_block(self, at, block, is_begun, token):
+        self._poison(self._slots[is_begun])
+        return super()._begin_block(at, block, is_begun, token)
 
     def sub_block(self, slots, *, is_reused=False):
         if is_reused and self.is_always:
@@ -262,8 +267,8 @@ def test_active_rows_alone_equal_explicit_stale_keys(byte_tokenizer, threshold, 
 class AllRows(Steps):
     """Finds every row active."""
 
-    def _active_rows(self, slots):
-        return torch.ones_like(super()._active_rows(slots))
+    def _active_rows(self, *arguments):
+        return torch.ones_like(super()._active_rows(*arguments))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -307,7 +312,7 @@ def test_a_slot_whose_rows_do_not_fit_is_left_as_it_was(byte_tokenizer):
     while not (engine.__dict__.get("state") and (engine.state.phase[:2] == Phase.SUB_BLOCK).all()):
         next(queue)
     state, slots = engine.state, torch.tensor([1, 0, engine.state.spare])
-    before, needed = state.report(8).clone(), state.num_active[:2].tolist()
+    before, needed = state.report(8).clone(), state.report(8)[:2, 2].tolist()
     assert min(needed) >= 2
     with torch.no_grad():
         engine.steps.active_rows(slots, needed[1])
