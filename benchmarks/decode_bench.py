@@ -15,7 +15,7 @@ from transformers import Qwen2ForCausalLM
 from fastdllm.decoding.cache import cache_bytes_per_place
 from fastdllm.decoding.engine import DecodeConfig, Engine, Request
 from fastdllm.decoding.rows import Row
-from fastdllm.decoding.state import NUMBERS, Phase
+from fastdllm.decoding.state import COUNTERS, NUMBERS, Phase
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.runtime import code_revision, device_name, get_optimal_dtype, library_versions, pick_device
 
@@ -98,7 +98,7 @@ class TimedEngine(Engine):
 
     def check_pass(self, rows: list[Row]) -> None:
         """Raise RuntimeError if the last pass did not serve every slot."""
-        columns = [NUMBERS.index(name) for name in ("denoise_passes", "append_passes")]
+        columns = [(NUMBERS + COUNTERS).index(name) for name in ("denoise_passes", "append_passes")]
         counts = (self.state.numbers - self._kept["numbers"])[: len(rows), columns].sum(1)
         if (counts != 1).any():
             raise RuntimeError(f"a timed pass must serve each slot once, got {counts.tolist()}.")

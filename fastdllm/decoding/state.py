@@ -56,12 +56,11 @@ NUMBERS = (
     "final",  # places whose tokens nothing can change any more
     "seed",
     "draws",  # steps that have drawn random numbers
-    *COUNTERS,
 )
 
 
 class SlotNumbers(SimpleNamespace):
-    """The NUMBERS of some slots, [B] int64 each: a copy that a pass changes and puts back at once."""
+    """A pass's own copy of the NUMBERS of some slots, [B] int64 each, and of their `counts`, [B, COUNTERS]."""
 
 
 class SlotState:
@@ -71,10 +70,9 @@ class SlotState:
         self.spare, self.mask_token_id = num_slots - 1, mask_token_id
         self.tokens = torch.full((num_slots, capacity), mask_token_id, device=device)
         """[num_slots, capacity] int64: prompt and answer, mask tokens where nothing is decided."""
-        self.numbers = torch.zeros(num_slots, len(NUMBERS), dtype=torch.int64, device=device)
-        """[num_slots, NUMBERS]: one tensor, so that a pass reads and writes them in two kernels and not in forty."""
+        self.numbers = torch.zeros(num_slots, len(NUMBERS + COUNTERS), dtype=torch.int64, device=device)
+        """[num_slots, NUMBERS + COUNTERS]: one tensor, which a pass reads and writes in a few kernels."""
         self.phase = self.numbers[:, NUMBERS.index("phase")]
-        self.counts = self.numbers[:, -len(COUNTERS) :]
         self.parameter = torch.zeros(num_slots, dtype=torch.float32, device=device)
         """[num_slots]: the policy's parameter, such as the threshold."""
         self.is_dirty = torch.zeros(num_slots, block_size, dtype=torch.bool, device=device)
@@ -83,10 +81,9 @@ class SlotState:
     def admit(self, slot: int, prompt: list[int], *, parameter: float, **numbers: int) -> None:
         """Put a request into a slot: its prompt, the policy's parameter, and those of NUMBERS that are not 0."""
         known = {"phase": Phase.PREFILL, "prompt_length": len(prompt), "final": len(prompt)} | numbers
-        row = to_device([known.get(name, 0) for name in NUMBERS] + prompt, self.tokens.device)
-        self.numbers[slot] = row[: len(NUMBERS)]
+        row = to_device(prompt + [known.get(name, 0) for name in NUMBERS + COUNTERS], self.tokens.device)
         self.tokens[slot].fill_(self.mask_token_id)
-        self.tokens[slot, : len(prompt)] = row[len(NUMBERS) :]
+        self.tokens[slot, : len(prompt)], self.numbers[slot] = row.tensor_split([len(prompt)])
         self.parameter[slot] = parameter
         self.is_dirty[slot] = False
 
@@ -96,11 +93,12 @@ class SlotState:
 
     def take(self, slots: Tensor) -> SlotNumbers:
         """Return the numbers of `slots` [B] int64."""
-        return SlotNumbers(**dict(zip(NUMBERS, self.numbers[slots].unbind(1), strict=True)))
+        numbers, counts = self.numbers[slots].tensor_split([len(NUMBERS)], dim=1)
+        return SlotNumbers(**dict(zip(NUMBERS, numbers.unbind(1), strict=True)), counts=counts)
 
     def put(self, slots: Tensor, at: SlotNumbers) -> None:
         """Write the numbers of `slots` back."""
-        self.numbers[slots] = torch.stack([getattr(at, name) for name in NUMBERS], dim=1)
+        self.numbers[slots] = torch.cat([*(getattr(at, name)[:, None] for name in NUMBERS), at.counts], dim=1)
 
     def report(self, tail: int) -> Tensor:
         """Return what the host follows, [num_slots, 3 + COUNTERS + tail].
@@ -110,7 +108,8 @@ class SlotState:
         final, num_active = (self.numbers[:, NUMBERS.index(name)] for name in ("final", "num_active"))
         places = final[:, None] - tail + torch.arange(tail, device=final.device)
         last = self.tokens.gather(1, places.clamp(min=0))
-        return torch.cat([torch.stack([self.phase, final, num_active], dim=1), self.counts, last], dim=1)
+        counts = self.numbers[:, len(NUMBERS) :]
+        return torch.cat([self.phase[:, None], final[:, None], num_active[:, None], counts, last], dim=1)
 
 
 def to_device(numbers: list[int], device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.operations import PassRows
 from fastdllm.decoding.policies import POLICIES, Proposals
 from fastdllm.decoding.reuse import GatedStore, LayerStore, ReuseConfig, make_store, needed_rows
-from fastdllm.decoding.state import Phase, SlotNumbers, SlotState, uniform_draws
+from fastdllm.decoding.state import COUNTERS, Phase, SlotNumbers, SlotState, uniform_draws
 from fastdllm.model import BlockDiffusionLM
 
 
@@ -38,7 +38,10 @@ class Steps:
         self.is_diffusion, self.decode, self.reuse = is_diffusion, decode, reuse
         self.policy = POLICIES[decode.policy]
         self.stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
+        # constants, each made on the device once
         self._ranges: dict[int, Tensor] = {}
+        self._numbers: dict[int, Tensor] = {}
+        self._amounts: dict[tuple, Tensor] = {}
         num_slots = len(state.phase)
         self.store = make_store(model, reuse, num_slots, decode.sub_block_size)
         width = model.qwen.config.hidden_size
@@ -58,8 +61,8 @@ class Steps:
         last = (target - 1 - at.prefilled).clamp(0, width - 1)
         ends = is_served & (at.prefilled + width >= target)
         at.prefilled = (at.prefilled + width * is_served).minimum(target)
-        rows_run = self.model.num_layers * is_kept.sum(1)
-        self._count(at, is_served, prefill_passes=1, layers_run=self.model.num_layers, rows_run=rows_run)
+        self._count(at, is_served, prefill_passes=1, layers_run=self.model.num_layers)
+        self._count(at, is_kept.sum(1), rows_run=self.model.num_layers)
         block = self._block(slots, at)
         if self.is_diffusion:  # a prompt of whole blocks: the next block's first token comes from the last row
             rows = hidden[torch.arange(len(slots), device=slots.device), last]
@@ -106,13 +109,12 @@ class Steps:
         if self.is_output:
             self.kept[torch.where(is_full, slots, state.spare)] = hidden
         # token shift: the row before each place; of an appended block, the last row and those of the next block
-        first = torch.where(is_append, model.block_size, at.offset)[:, None]
+        first = torch.where(is_append, self._number(model.block_size), at.offset)[:, None]
         rows = (first + self._range(decode.sub_block_size) - 1).clamp(0, width - 1)
         proposals, greedy = self._propose(at, _take(hidden, rows))
-        self._count(at, is_append, append_passes=1)
-        self._count(at, is_full, full_passes=1)
-        rows_run = model.num_layers * width
-        self._count(at, is_append | is_denoised, layers_run=model.num_layers, rows_run=rows_run)
+        run = dict(layers_run=model.num_layers, rows_run=model.num_layers * width)
+        self._count(at, is_append, append_passes=1, **run)
+        self._count(at, is_denoised, denoise_passes=1, **run)
         at.start = at.start + model.block_size * is_append
         block = self._begin_block(at, self._block(slots, at), is_append, greedy)
         is_planned = is_append | is_denoised
@@ -120,8 +122,9 @@ class Steps:
             last = self._best(hidden[:, model.block_size - 1])
             is_fused = is_append & (greedy == guess)
             at.guess = torch.where(is_denoised, last, at.guess)
-            self._count(at, is_fused, full_passes=1)
+            self._count(at, is_fused, denoise_passes=1)
             is_full, is_denoised = is_full | is_fused, is_denoised | is_fused
+        self._count(at, is_full, full_passes=1)
         at.has_cache = at.has_cache | is_full
         if self.reuse.is_trimmed:
             state.is_dirty[slots] &= ~is_kept[:, : model.block_size]
@@ -135,6 +138,7 @@ class Steps:
         is_served = at.phase == (Phase.REUSE if is_reused else Phase.SUB_BLOCK)
         if is_reused and self.is_output:
             hidden = self.kept[slots[:, None], (self._inside(at) - 1).clamp(min=0)]
+            self._count(at, is_served, denoise_passes=1)
             self._denoise(slots, at, is_served, self._propose(at, hidden)[0])
             return
         self._select(slots, at, is_served, is_reused)
@@ -161,8 +165,8 @@ class Steps:
         hidden = self._run(self._rows(owners, places, is_kept, limits)).flatten(0, 1)  # [R, C]
         proposals = self._propose_for_next(at, hidden, chosen)
         state.is_dirty[slots[:, None], self._inside(at)] &= ~is_active
-        rows_run = self.model.num_layers * is_active.sum(1)
-        self._count(at, is_served, layers_run=self.model.num_layers, rows_run=rows_run)
+        self._count(at, is_served, denoise_passes=1, layers_run=self.model.num_layers)
+        self._count(at, is_active.sum(1), rows_run=self.model.num_layers)
         self._denoise(slots, at, is_served, proposals)
 
     def _propose_for_next(self, at: SlotNumbers, hidden: Tensor, chosen: Tensor) -> Proposals:
@@ -246,7 +250,7 @@ class Steps:
     def _finish_step(self, slots: Tensor, at: SlotNumbers, is_served: Tensor, hidden: Tensor, num_layers: int) -> None:
         """Unmask by the hidden states [B, S, C] of the sub-block's rows, after the final norm."""
         rows_run = num_layers * self.decode.sub_block_size
-        self._count(at, is_served, layers_run=num_layers, rows_run=rows_run)
+        self._count(at, is_served, denoise_passes=1, layers_run=num_layers, rows_run=rows_run)
         before = (self._range(self.decode.sub_block_size) - 1).clamp(min=0)
         self._denoise(slots, at, is_served, self._propose(at, hidden[:, before])[0])
 
@@ -331,7 +335,7 @@ class Steps:
         if self.reuse.is_trimmed:
             self.state.is_dirty[slots[:, None], inside] |= is_accepted
         at.step, at.draws = at.step + is_denoised, at.draws + is_denoised
-        self._count(at, is_denoised, denoise_passes=1, computed_tokens=is_accepted.sum(1))
+        self._count(at, is_accepted.sum(1), computed_tokens=1)
         return block.scatter(1, inside, torch.where(is_accepted, proposals.token, present))
 
     def _parameter(self, slots: Tensor, at: SlotNumbers) -> Tensor:
@@ -350,16 +354,18 @@ class Steps:
         places = self._block_places(at)
         if self.is_diffusion:
             is_masked = block == self.model.mask_token_id
-            first = torch.where(is_masked, self._range(self.model.block_size), self.model.block_size).amin(1)
+            first = torch.where(
+                is_masked, self._range(self.model.block_size), self._number(self.model.block_size)
+            ).amin(1)
             final, phase = at.start + first, self._denoising_phase(slots, at, block, is_masked, first)
         else:
-            final, phase = at.start + 1, torch.full_like(at.start, Phase.TOKEN)
+            final, phase = at.start + 1, self._number(Phase.TOKEN)
         is_answer = (places >= at.prompt_length[:, None]) & (places < final[:, None])
         is_stop = (block[..., None] == self.stop_ids).any(-1) & is_answer
         final = torch.where(is_stop, places + 1, final[:, None]).amin(1).minimum(at.limit)  # the first stop token ends
         is_done = is_stop.any(1) | (final >= at.limit)
         at.final = torch.where(is_changed, final.maximum(at.prompt_length), at.final)
-        at.phase = torch.where(is_changed, torch.where(is_done, Phase.IDLE, phase), at.phase)
+        at.phase = torch.where(is_changed, phase * ~is_done, at.phase)  # IDLE is 0
 
     def _denoising_phase(
         self, slots: Tensor, at: SlotNumbers, block: Tensor, is_masked: Tensor, first: Tensor
@@ -371,17 +377,26 @@ class Steps:
         if self.reuse.is_trimmed:
             at.num_active = self._active_rows(slots, at, block).sum(1)
         if not decode.use_block_cache:
-            return torch.where(first == block_size, Phase.APPEND, Phase.FULL)
+            return torch.where(first == block_size, self._number(Phase.APPEND), self._number(Phase.FULL))
         is_open = is_masked.gather(1, at.offset[:, None])[:, 0]  # only a full pass gives a sub-block's first token
-        step = torch.full_like(first, Phase.PROBE if self.reuse.is_adaptive else Phase.SUB_BLOCK)
+        step = self._number(Phase.PROBE if self.reuse.is_adaptive else Phase.SUB_BLOCK)
         if self.reuse.reuse_k > 1:
-            step = torch.where(at.step % self.reuse.reuse_k != 0, Phase.REUSE, step)
-        phase = torch.where(is_open | (at.has_cache == 0), Phase.FULL, step)
-        return torch.where(first == block_size, Phase.APPEND, phase)
+            step = torch.where(at.step % self.reuse.reuse_k != 0, self._number(Phase.REUSE), step)
+        phase = torch.where(is_open | (at.has_cache == 0), self._number(Phase.FULL), step)
+        return torch.where(first == block_size, self._number(Phase.APPEND), phase)
 
-    def _count(self, at: SlotNumbers, is_counted: Tensor, **amounts: int | Tensor) -> None:
-        for name, amount in amounts.items():
-            setattr(at, name, getattr(at, name) + is_counted * amount)
+    def _count(self, at: SlotNumbers, number: Tensor, **amounts: int) -> None:
+        """Add `number` [B] times the amounts to the counts of each slot."""
+        key = tuple(amounts.items())
+        if key not in self._amounts:
+            self._amounts[key] = torch.tensor([amounts.get(name, 0) for name in COUNTERS], device=self.model.device)
+        at.counts = at.counts + number[:, None] * self._amounts[key]
+
+    def _number(self, value: int) -> Tensor:
+        """Return the value as a tensor that is made once."""
+        if value not in self._numbers:
+            self._numbers[value] = torch.tensor(int(value), device=self.model.device)
+        return self._numbers[value]
 
     def _range(self, count: int) -> Tensor:
         if count not in self._ranges:
