@@ -73,6 +73,7 @@ class SlotState:
         self.numbers = torch.zeros(num_slots, len(NUMBERS + COUNTERS), dtype=torch.int64, device=device)
         """[num_slots, NUMBERS + COUNTERS]: one tensor, which a pass reads and writes in a few kernels."""
         self.phase = self.numbers[:, NUMBERS.index("phase")]
+        self.counts = self.numbers[:, len(NUMBERS) :]
         self.parameter = torch.zeros(num_slots, dtype=torch.float32, device=device)
         """[num_slots]: the policy's parameter, such as the threshold."""
         self.is_dirty = torch.zeros(num_slots, block_size, dtype=torch.bool, device=device)
@@ -108,8 +109,7 @@ class SlotState:
         final, num_active = (self.numbers[:, NUMBERS.index(name)] for name in ("final", "num_active"))
         places = final[:, None] - tail + torch.arange(tail, device=final.device)
         last = self.tokens.gather(1, places.clamp(min=0))
-        counts = self.numbers[:, len(NUMBERS) :]
-        return torch.cat([self.phase[:, None], final[:, None], num_active[:, None], counts, last], dim=1)
+        return torch.cat([self.phase[:, None], final[:, None], num_active[:, None], self.counts, last], dim=1)
 
 
 def to_device(numbers: list[int], device: torch.device) -> Tensor:
