@@ -150,8 +150,8 @@ class FusedForward:
 
 
 def default_kernels(device: torch.device) -> Operations | ModuleType:
-    """Return Triton's kernels for a GPU, plain torch for anything else."""
-    if device.type != "cuda":
+    """Return Triton's kernels for a GPU that Triton supports (Turing and newer), plain torch for anything else."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 5):
         return operations
     from fastdllm.decoding.kernels import Kernels  # Triton comes with torch for GPUs alone
 
