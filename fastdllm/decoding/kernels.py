@@ -202,15 +202,15 @@ class Kernels:
         self._launch(_multiply, grid, rows, weight, out, R, *self._share(fetch, R, weight), **run, **sizes)
 
     def _share(self, fetch: Fetch | None, num_rows: int, other: Tensor) -> tuple[Tensor | int, ...]:
-        """Return the arguments of a kernel named in FETCH, for the lines of each part of a product of num_rows."""
+        """Return the arguments named in FETCH: the same lines of every part that a product of num_rows is cut into."""
         line = self.settings.fetch_line
         if fetch is None:
             return other, 0, 0, 0, 0, 1, 0, line
         (_, K), tiles, item_bytes = fetch.weight.shape, self._tiles(num_rows, fetch.weight), fetch.weight.element_size()
         steps = triton.cdiv(triton.cdiv(K, tiles.depth), tiles.parts)
         part_lines = triton.cdiv(steps * tiles.depth * item_bytes, line)
-        bytes_a_line = fetch.num_rows * tiles.parts * line  # a line of each part of each row
-        first, end = (min(part_lines, triton.cdiv(at, bytes_a_line)) for at in (fetch.first_byte, fetch.end_byte))
+        num_bytes = fetch.num_rows * K * item_bytes
+        first, end = (triton.cdiv(at * part_lines, num_bytes) for at in (fetch.first_byte, fetch.end_byte))
         return fetch.weight, first, end - first, fetch.num_rows, K * item_bytes, tiles.parts, part_lines, line
 
     def _fetchers(self, fetch: Fetch | None) -> int:

@@ -246,9 +246,11 @@ def test_a_fused_pass_in_half_precision_is_as_near_to_float32_as_the_models():
 @kernels_on
 @pytest.mark.skipif(IS_INTERPRETED, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("overlap", overlaps())
-def test_a_captured_pass_repeats_an_eager_one_bit_for_bit(overlap):
+@pytest.mark.parametrize(("is_late", "size"), [(False, 0), (False, 10**6), (True, 10**6)])
+def test_a_captured_pass_repeats_an_eager_one_bit_for_bit(overlap, is_late, size):
     model = make_model(DEVICE).to(torch.bfloat16)
-    fused, cache = FusedForward(model, Kernels(overlap=overlap)), make_cache(model)
+    fused = FusedForward(model, Kernels(overlap=overlap, is_late=is_late), fetch=FetchBytes(*[size] * 9))
+    cache = make_cache(model)
     tokens, *rows = make_rows(2, 8, device=DEVICE)
 
     def run():
