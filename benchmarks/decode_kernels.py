@@ -1,23 +1,25 @@
-"""How fast is a decode-time forward pass, and which tiles make its products fastest? For one H100; under 3 minutes.
+"""How fast is a decode-time forward pass, and how are its kernels cut up best? For one H100; under 3 minutes.
 
     python benchmarks/decode_kernels.py
     TRITON_INTERPRET=1 python benchmarks/decode_kernels.py --shape tiny --rows '[1, 8]'    # the logic, on a CPU
 
 First the products: for every number of rows and every matrix, a list of tiles is tried, under CUDA graphs, with
-weights taken in turn from more copies than the L2 holds. Chosen is what makes the product and the kernel that adds up
-its parts fastest together ("with reader": a norm, which stands in for the rotation too); cuBLAS stands beside it. The
-choice is printed in the form of `kernels.TILES`. Then the other kernels, and the whole pass, head included, with these
-tiles: kernels that wait for each other's end, kernels that overlap, and torch's own products.
+weights taken in turn from more copies than the L2 holds. What counts is the product with the kernel that adds up its
+parts ("with reader": a norm, which stands in for the rotation too); cuBLAS stands beside it. Of the fastest, the whole
+pass, head included, decides: one matrix after the other, then one setting of the other kernels after the other, then
+how many bytes each kernel fetches of the weights read next, then the tiles again. Numbers of rows that share tiles are
+judged together. The choice is printed in the form of `kernels.TILES`. Last, passes with these tiles: plain, fetching,
+overlapping (kernels start before the one before has ended; late: a product lets the next start when its loop is over),
+both, and with torch's own products.
 """
 
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
-from itertools import product
+from functools import cache
+from itertools import groupby, product
 from multiprocessing import get_context
 from typing import Literal, NamedTuple
 
@@ -29,21 +31,39 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from fastdllm.cli import run
 from fastdllm.decoding import operations
 from fastdllm.decoding.cache import SlotCache
-from fastdllm.decoding.fused import FusedForward
-from fastdllm.decoding.kernels import Kernels, Tiles
+from fastdllm.decoding.fused import NO_FETCH, FetchBytes, FusedForward
+from fastdllm.decoding.kernels import SETTINGS, Kernels, Settings, Tiles
 from fastdllm.decoding.operations import PassRows
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.runtime import device_name, pick_device
 
 SHAPES = {**shapes.SHAPES, "tiny": (64, 128, 2, 4, 2, 272)}  # for the interpreter, a tiny vocabulary too
 TRIED = {  # rows of a tile -> columns, depth, warps, stages
-    16: [(64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (128, 64, 4, 5), (128, 128, 8, 3), (32, 128, 4, 4)],
-    32: [(64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (128, 64, 4, 5), (128, 128, 8, 3), (32, 128, 4, 4)],
+    16: [(64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (128, 64, 4, 5), (128, 128, 8, 3)],
+    32: [(64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 6), (128, 64, 4, 5), (128, 128, 8, 3)],
     64: [(64, 128, 4, 4), (64, 64, 4, 6), (128, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3)],
-    128: [(64, 64, 4, 5), (64, 128, 4, 3), (128, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3)],
-    256: [(64, 64, 8, 4), (128, 64, 8, 4)],
+    128: [(64, 64, 4, 5), (128, 64, 8, 4), (128, 128, 8, 3)],
+    256: [(128, 64, 8, 4)],
 }
-PROGRAMS = (132, 264, 528)  # aimed at by the parts that are tried
+PROGRAMS = (132, 198, 264)  # aimed at by the parts that are tried
+KEPT = 5  # tiles of each matrix, that the whole pass chooses from
+ATTEND = [  # rows, places, programs, warps, stages
+    (64, 64, 132, 4, 2), (64, 64, 264, 8, 2), (64, 64, 264, 4, 3), (64, 32, 264, 4, 3), (64, 128, 264, 8, 2),
+    (32, 64, 264, 4, 2), (32, 32, 264, 4, 3), (16, 64, 264, 4, 2), (16, 128, 264, 4, 2),
+]  # fmt: skip
+ATTEND_FIELDS = [field for field in Settings._fields if field.startswith("attend_")]
+SETTINGS_TRIED = [  # the first two are of kernels that depend on the parts of a product as well
+    [dict(normalize_warps=warps) for warps in (4, 8, 32)],
+    [dict(rotate_heads=heads) for heads in (2, 4)],
+    [dict(zip(ATTEND_FIELDS, values, strict=True)) for values in ATTEND],
+    [dict(merge_heads=heads) for heads in (2, 4)],
+]
+MIB = 2**20
+FETCHES = {  # all of a layer's first two matrices, and of the others:
+    "small kernels alone": FetchBytes(8 * MIB, 0, 8 * MIB, 8 * MIB, 0, 6 * MIB, 0, 0, 4 * MIB),
+    "products too": FetchBytes(8 * MIB, 0, 8 * MIB, 12 * MIB, 0, 7 * MIB, 4 * MIB, 4 * MIB, 8 * MIB),
+    "most": FetchBytes(8 * MIB, 2 * MIB, 8 * MIB, 16 * MIB, 4 * MIB, 10 * MIB, 8 * MIB, 6 * MIB, 12 * MIB),
+}
 L2_BYTES = 50 * 2**20
 MASK, SEED = 3, 0
 
@@ -60,6 +80,8 @@ class KernelsConfig:
     """Places that each row sees in the pass."""
     repeats: int = 10
     """Timed replays of a graph; the fastest counts."""
+    seconds: float = 115.0
+    """After them no other choice is tried; 25 more go to the last table."""
 
 
 class Matrix(NamedTuple):
@@ -71,11 +93,22 @@ class Matrix(NamedTuple):
     is_gated: bool = False
 
 
+class Way(NamedTuple):
+    """How a pass is run."""
+
+    tiles: dict[tuple[int, int, int], Tiles]
+    settings: Settings = SETTINGS
+    fetch: FetchBytes = NO_FETCH
+    overlap: bool = False
+    is_late: bool = False
+    max_few_rows: int = 256
+
+
 def measure(config: KernelsConfig) -> None:
     """Print the products, the other kernels and the whole pass."""
     device, started = pick_device(), time.perf_counter()
     print(device_name(device), torch.__version__, config, flush=True)
-    C, inner, _, H, G, V = SHAPES[config.shape]
+    C, inner, num_layers, H, G, V = SHAPES[config.shape]
     E = C // H
     matrices = [
         Matrix("query, key, value", (H + 2 * G) * E, C),
@@ -84,29 +117,49 @@ def measure(config: KernelsConfig) -> None:
         Matrix("down", C, inner),
         Matrix("head", V, C),
     ]
-    jobs = [(m, R, tiles) for R, m in product(config.rows, matrices) for tiles in tried_tiles(m, R, device)]
+    groups = [tuple(rows) for _, rows in groupby(sorted(config.rows), lambda R: key(matrices[0], R)[0])]
     pool = ProcessPoolExecutor(max(1, min(14, os.cpu_count() - 2)), mp_context=get_context("spawn"))
-    if device.type == "cuda":  # into Triton's cache on disk, on all processors
-        distinct = {(m, tiles): (m, R, tiles) for m, R, tiles in jobs}
-        for (m, tiles), error in zip(distinct, pool.map(compile_product, distinct.values(), chunksize=4), strict=True):
-            if error is not None:
-                print(f"{m.name} with {tuple(tiles)} does not run: {error}", flush=True)
-                jobs = [job for job in jobs if (job[0], job[2]) != (m, tiles)]
-        print(f"{len(distinct)} products compiled, {time.perf_counter() - started:.0f} s", flush=True)
-    best = {}
+
+    def compile_all(what: str, function: Callable, jobs: list) -> list:  # into Triton's cache on disk
+        if device.type != "cuda":
+            return jobs
+        errors = list(pool.map(function, jobs, chunksize=1))
+        for error in {error for error in errors if error is not None}:
+            print(f"does not run: {error}", flush=True)
+        print(f"{len(jobs)} {what} compiled, {time.perf_counter() - started:.0f} s", flush=True)
+        return [job for job, error in zip(jobs, errors, strict=True) if error is None]
+
+    jobs = {(m, t): (m, R, t) for m, R in product(matrices, config.rows) for t in tried_tiles(m, R, device)}
+    slowest_first = sorted(jobs.values(), key=lambda job: -job[2].rows * job[2].columns)
+    running = {(m, t) for m, _, t in compile_all("products", compile_product, slowest_first)}
+    kept = {}
     for m in matrices:
         weights = make_weights(m, device)
-        for R in config.rows:
-            timed = [(*time_product(m, R, weights, Kernels({key(m, R): t}), config), t) for t in _of(jobs, m, R)]
-            best[key(m, R)] = report(m, R, timed, time_product(m, R, weights, operations, config))
+        for rows in groups:
+            times = [time_tiles(m, R, weights, running, config) for R in rows]
+            kept[key(m, rows[0])] = keep({t: sum(time[t] for time in times) for t in times[0]})
         del weights
+    best = {k: tiles[0] for k, tiles in kept.items()}
+    ways = [Way({k: tiles[i % len(tiles)] for k, tiles in kept.items()}) for i in range(KEPT)]
+    with_parts, others = ([{}, *sum(tried, [])] for tried in (SETTINGS_TRIED[:2], SETTINGS_TRIED[2:]))
+    varied = [*product(ways, with_parts), *product(ways[:1], others)]
+    varied = [way._replace(settings=SETTINGS._replace(**change)) for way, change in varied]
+    compile_all("passes", compile_pass, [(R, config, way) for way, R in product(varied, config.rows)])
+    passes, chosen = Passes(config, num_layers, device), {}
+    for rows in groups:
+        keys = [key(m, rows[0]) for m in matrices if m.name != "head"]
+        left = config.seconds - (time.perf_counter() - started)
+        share = left * len(rows) / sum(len(others) for others in groups if others not in chosen)
+        chosen[rows] = choose(passes, rows, best, {k: kept[k] for k in keys}, time.perf_counter() + share)
+        best |= {k: chosen[rows].tiles[k] for k in keys}
     print("TILES = {", *(f"    {k}: Tiles{tuple(t)}," for k, t in best.items()), "}", sep="\n", flush=True)
-    if device.type == "cuda":
-        list(pool.map(compile_pass, [(R, config, best) for R in config.rows]))
-        print(f"passes compiled, {time.perf_counter() - started:.0f} s", flush=True)
+    overlapping = [dict(overlap=True, is_late=is_late) for is_late in (False, True)]
+    jobs = [(R, config, chosen[rows]._replace(**o)) for rows in groups for R in rows for o in overlapping]
+    compile_all("overlapping passes", compile_pass, jobs)
     pool.shutdown()
-    for R in config.rows:
-        time_pass(R, config, SHAPES[config.shape][2], best, device)
+    for rows, way in chosen.items():
+        for R in rows:
+            print_table(passes, R, way)
     print(f"{time.perf_counter() - started:.0f} s in all")
 
 
@@ -132,8 +185,24 @@ def tried_tiles(m: Matrix, R: int, device: torch.device) -> list[Tiles]:
     return sorted(tiles)
 
 
-def _of(jobs: list, m: Matrix, R: int) -> list[Tiles]:
-    return [tiles for matrix, rows, tiles in jobs if matrix == m and rows == R]
+def time_tiles(m: Matrix, R: int, weights: list, running: set, config: KernelsConfig) -> dict[Tiles, float]:
+    """Return microseconds with reader of all tiles that run; print the fastest."""
+    tried = [t for t in tried_tiles(m, R, weights[0].device) if (m, t) in running]
+    times = {t: time_product(m, R, weights, Kernels({key(m, R): t}), config)[-1] for t in tried}
+    fastest = sorted(times, key=times.get)
+    ours = time_product(m, R, weights, Kernels({key(m, R): fastest[0]}), config, is_alone=True)
+    report(m, R, [(times[t], t) for t in fastest], ours, time_product(m, R, weights, operations, config, is_alone=True))
+    return times
+
+
+def keep(times: dict[Tiles, float]) -> list[Tiles]:
+    """Return the fastest tiles, the fastest first, and those of other parts before others of the same."""
+    fastest, parts = sorted(times, key=times.get), []
+    for tiles in fastest:
+        parts += [] if tiles.parts in parts else [tiles.parts]
+    varied = [next(tiles for tiles in fastest if tiles.parts == number) for number in parts][:3]
+    kept = varied + [tiles for tiles in fastest if tiles not in varied]
+    return sorted(kept[:KEPT], key=times.get)
 
 
 def compile_product(job: tuple[Matrix, int, Tiles]) -> str | None:
@@ -148,11 +217,14 @@ def compile_product(job: tuple[Matrix, int, Tiles]) -> str | None:
         return f"{type(error).__name__}: {str(error)[:200]}"
 
 
-def compile_pass(job: tuple[int, KernelsConfig, dict]) -> None:
-    """Run what `time_pass` will time, on a model of one layer."""
-    R, config, best = job
-    with redirect_stdout(StringIO()):
-        time_pass(R, config, 1, best, torch.device("cuda"))
+def compile_pass(job: tuple[int, KernelsConfig, Way]) -> str | None:
+    """Run the pass once, on a model of one layer; return what went wrong, if anything did."""
+    R, config, way = job
+    try:
+        one_layer(config).call(way, R)()
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{way.settings}, {type(error).__name__}: {str(error)[:200]}"
 
 
 def apply(kernels, m: Matrix, rows, weight):
@@ -170,9 +242,10 @@ def make_weights(m: Matrix, device: torch.device) -> list[torch.Tensor]:
     return list(weights)
 
 
-def time_product(m: Matrix, R: int, weights: list, kernels, config: KernelsConfig) -> tuple[float, float]:
-    """Return microseconds of the product, and of it with the kernel that reads it (where it leaves parts)."""
-    return tuple(microseconds(c, weights[0].device, config.repeats) for c in product_calls(m, R, weights, kernels))
+def time_product(m: Matrix, R: int, weights: list, kernels, config: KernelsConfig, is_alone=False) -> list[float]:
+    """Return microseconds of the product, if asked for, and of it with the kernel that reads its parts, if any."""
+    calls = product_calls(m, R, weights, kernels)
+    return [microseconds(c, weights[0].device, config.repeats) for c in (calls if is_alone else calls[1:])]
 
 
 def product_calls(m: Matrix, R: int, weights: list, kernels) -> tuple[list[Callable], list[Callable]]:
@@ -211,57 +284,136 @@ def microseconds(calls: list[Callable], device: torch.device, repeats: int) -> f
     return min(times[2:])
 
 
-def report(m: Matrix, R: int, timed: list, cublas: tuple[float, float]) -> Tiles:
-    """Print the fastest tiles beside cuBLAS, and how the others did; return the fastest."""
-    timed.sort(key=lambda entry: entry[1])
-    alone, both, tiles = timed[0]
+def report(m: Matrix, R: int, timed: list[tuple[float, Tiles]], ours: list[float], cublas: list[float]) -> None:
+    """Print the fastest tiles beside cuBLAS, and how the others did."""
     speed = 2 * m.N * m.K / 1e6
-    print(
-        f"{m.name:<17} {R:>4} rows  ours {alone:7.1f} us {speed / alone:5.2f} TB/s, with reader {both:7.1f} us | "
-        f"cuBLAS {cublas[0]:7.1f} us {speed / cublas[0]:5.2f} TB/s, with reader {cublas[1]:7.1f} us | {tuple(tiles)}",
-        flush=True,
-    )
-    others = ", ".join(f"{both:.1f} {tuple(tiles)}" for _, both, tiles in timed[1:4])
-    print(f"{'':<17} next: {others}", flush=True)
-    return tiles
+    results = [
+        f"{name} {alone:7.1f} us {speed / alone:5.2f} TB/s, with reader {both:7.1f} us"
+        for name, (alone, both) in (("ours", ours), ("cuBLAS", cublas))
+    ]
+    print(f"{m.name:<17} {R:>4} rows  {' | '.join(results)} | {tuple(timed[0][1])}", flush=True)
+    print(f"{'':<17} next: " + ", ".join(f"{both:.1f} {tuple(tiles)}" for both, tiles in timed[1:4]), flush=True)
+
+
+class Passes:
+    """A model of a shape, whose passes are run in several ways."""
+
+    @torch.no_grad()
+    def __init__(self, config: KernelsConfig, num_layers: int, device: torch.device):
+        C, inner, _, H, G, V = SHAPES[config.shape]
+        qwen_config = Qwen2Config(
+            vocab_size=V, hidden_size=C, intermediate_size=inner, num_hidden_layers=num_layers, num_attention_heads=H,
+            num_key_value_heads=G, tie_word_embeddings=True, max_position_embeddings=4096, dtype=torch.bfloat16,
+        )  # fmt: skip
+        with device:
+            qwen = Qwen2ForCausalLM(qwen_config).to(torch.bfloat16)
+        self.config, self.device, self.model = config, device, BlockDiffusionLM(qwen, mask_token_id=MASK)
+        self.weight_bytes = 2 * sum(parameter.numel() for parameter in qwen.parameters())
+
+    def fused(self, way: Way) -> FusedForward:
+        kernels = Kernels(way.tiles, way.overlap, is_late=way.is_late, settings=way.settings)
+        return FusedForward(self.model, kernels, max_few_rows=way.max_few_rows, fetch=way.fetch)
+
+    def inputs(self, R: int) -> tuple[torch.Tensor, PassRows, SlotCache]:
+        """Return tokens, rows and cache of R rows, in sequences of 32 at most."""
+        B, T, context = max(1, R // 32), min(R, 32), self.config.context
+        tokens = torch.randint(0, self.model.qwen.config.vocab_size, (B, T), device=self.device)
+        places = (context - T + torch.arange(T, device=self.device)).expand(B, T).contiguous()
+        slots, limits = torch.arange(B, device=self.device), torch.full_like(places, context)
+        return tokens, PassRows(places, places, slots, limits), SlotCache(self.model, B, context + 32)
+
+    def call(self, way: Way, R: int) -> Callable:
+        fused, inputs = self.fused(way), self.inputs(R)
+        return lambda: fused.statistics(fused(*inputs).flatten(0, 1))
+
+    def milliseconds(self, way: Way, R: int) -> float:
+        """Return the time of a pass; infinity if it fails, for the others still count."""
+        try:
+            return microseconds([self.call(way, R)], self.device, self.config.repeats) / 1e3
+        except Exception as error:
+            print(f"fails: {R} rows, {way}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            return float("inf")
+
+
+@cache
+def one_layer(config: KernelsConfig) -> Passes:
+    return Passes(config, 1, torch.device("cuda"))
+
+
+def choose(passes: Passes, rows: tuple[int, ...], best: dict, kept: dict[tuple, list[Tiles]], until: float) -> Way:
+    """Return the fastest way to run passes of these rows that is found before `until`; print how it was found."""
+    few = 1 if passes.device.type == "cpu" else None
+
+    def improve(what: str, way: Way, moves: list[Callable]) -> Way:
+        time_ms, num_left_out = cost(way), 0
+        for move in moves:
+            for other in range(len(move(way))):
+                changed = move(way)[other]
+                if time.perf_counter() > until:
+                    num_left_out += 1
+                    continue
+                changed_ms = time_ms if changed == way else cost(changed)
+                if changed_ms < 0.998 * time_ms:  # less is noise
+                    way, time_ms = changed, changed_ms
+        left_out = f", {num_left_out} not tried: time is over" if num_left_out else ""
+        print(f"{rows} rows: {time_ms:.3f} ms by {what}{left_out}", flush=True)
+        return way
+
+    def cost(way: Way) -> float:
+        return sum(passes.milliseconds(way, R) for R in rows)
+
+    tiles = [lambda way, k=k: [way._replace(tiles={**way.tiles, k: t}) for t in kept[k]] for k in kept]
+    settings = [
+        lambda way, c=changes: [way._replace(settings=way.settings._replace(**change)) for change in c[:few]]
+        for changes in SETTINGS_TRIED
+    ]
+    programs = [lambda way: [way._replace(settings=way.settings._replace(fetch_programs=n)) for n in (48, 192)[:few]]]
+    fetches = [
+        lambda way: [
+            way._replace(fetch=fetch, settings=way.settings._replace(fetch_line=line))
+            for fetch, line in product(FETCHES.values(), (128, 64, 32)[:few])
+        ]
+    ]
+    sizes = [
+        lambda way, f=f: [
+            way._replace(fetch=way.fetch._replace(**{f: size})) for size in (0, 2 * getattr(way.fetch, f) or 2 * MIB)
+        ]
+        for f in FetchBytes._fields[:few]
+    ]
+    way = Way(best)
+    print(f"{rows} rows: {cost(way):.3f} ms with the products chosen one by one", flush=True)
+    way = improve("settings", improve("tiles", way, tiles), settings)
+    way = improve("fetching", way, fetches)
+    if way.fetch != NO_FETCH:
+        way = improve("tiles and sizes for fetching", way, tiles + programs + sizes)
+    print(f"    {way.settings}\n    {way.fetch}", flush=True)
+    return way
+
+
+def print_table(passes: Passes, R: int, way: Way) -> None:
+    """Print a layer's other kernels and the whole pass of R rows, in each way."""
+    time_small_kernels(R, passes, way)
+    plain = way._replace(fetch=NO_FETCH)
+    ways = {"ours": plain}
+    ways |= {f"fetching, {name}": way._replace(fetch=fetch) for name, fetch in FETCHES.items()}
+    ways |= {"fetching, as chosen": way} if way.fetch != NO_FETCH else {}
+    both = way if way.fetch != NO_FETCH else way._replace(fetch=FETCHES["products too"])
+    if passes.device.type == "cuda":
+        for name, is_late in (("overlapping", False), ("overlapping late", True)):
+            ways[name] = plain._replace(overlap=True, is_late=is_late)
+            ways[f"{name}, fetching"] = both._replace(overlap=True, is_late=is_late)
+    ways["torch's products"] = plain._replace(max_few_rows=0)
+    for name, each in ways.items():
+        time_ms = passes.milliseconds(each, R)
+        speed = passes.weight_bytes / time_ms / 1e9
+        print(f"pass of {R:>3} rows, {name:<29} {time_ms:6.3f} ms, {speed:5.2f} TB/s", flush=True)
 
 
 @torch.no_grad()
-def time_pass(R: int, config: KernelsConfig, num_layers: int, best: dict, device: torch.device) -> None:
-    """Time a layer's other kernels, and the whole pass of R rows, in sequences of 32 at most."""
-    C, inner, _, H, G, V = SHAPES[config.shape]
-    qwen_config = Qwen2Config(
-        vocab_size=V, hidden_size=C, intermediate_size=inner, num_hidden_layers=num_layers, num_attention_heads=H,
-        num_key_value_heads=G, tie_word_embeddings=True, max_position_embeddings=4096, dtype=torch.bfloat16,
-    )  # fmt: skip
-    with device:
-        qwen = Qwen2ForCausalLM(qwen_config).to(torch.bfloat16)
-    model, kernels = BlockDiffusionLM(qwen, mask_token_id=MASK), Kernels(best)
-    weight_bytes = 2 * sum(parameter.numel() for parameter in qwen.parameters())
-    ways = {"ours": FusedForward(model, kernels), "torch's products": FusedForward(model, kernels, max_few_rows=0)}
-    if device.type == "cuda":
-        ways["ours, overlapping"] = FusedForward(model, Kernels(best, overlap=True))
-    B, T = max(1, R // 32), min(R, 32)
-    cache = SlotCache(model, B, config.context + 32)
-    tokens = torch.randint(0, V, (B, T), device=device)
-    places = (config.context - T + torch.arange(T, device=device)).expand(B, T).contiguous()
-    limits = torch.full_like(places, config.context)
-    rows = PassRows(places, places, torch.arange(B, device=device), limits)
-    time_small_kernels(R, ways["ours"], rows, cache, config)
-    for name, fused in ways.items():
-        calls = [lambda fused=fused: fused.statistics(fused(tokens, rows, cache).flatten(0, 1))]
-        try:
-            time_us = microseconds(calls, device, config.repeats)
-        except Exception as error:  # of one way; the others still count
-            print(f"pass of {B} x {T} rows, {name:<18} fails: {type(error).__name__}: {str(error)[:200]}", flush=True)
-            continue
-        speed = weight_bytes / time_us / 1e6
-        print(f"pass of {B} x {T} rows, {name:<18} {time_us / 1e3:6.3f} ms, {speed:5.2f} TB/s", flush=True)
-
-
-def time_small_kernels(R: int, fused: FusedForward, rows: PassRows, cache: SlotCache, config: KernelsConfig) -> None:
+def time_small_kernels(R: int, passes: Passes, way: Way) -> None:
     """Print the microseconds of the kernels between the products; what they read is in the L2, as in a pass."""
-    kernels, layer, (B, T) = fused.kernels, fused._layers[0], rows.positions.shape
+    fused, (_, rows, cache) = passes.fused(way), passes.inputs(R)
+    kernels, layer = fused.kernels, fused._layers[0]
     keys, values, device = cache.keys[0], cache.values[0], cache.keys.device
     hidden = torch.randn(R, layer.output.shape[0], device=device).to(torch.bfloat16)
     parts = kernels.multiply(hidden, layer.query_key_value)
@@ -273,8 +425,8 @@ def time_small_kernels(R: int, fused: FusedForward, rows: PassRows, cache: SlotC
         "rotate_and_store": lambda: kernels.rotate_and_store(*arguments),
         "attend_slots": lambda: kernels.attend_slots(query, keys, values, rows.slots, rows.limits),
     }
-    times = {name: microseconds([call] * 16, device, config.repeats) for name, call in calls.items()}
-    print(f"{B} x {T} rows: " + ", ".join(f"{name} {us:.1f} us" for name, us in times.items()), flush=True)
+    times = {name: microseconds([call] * 16, device, passes.config.repeats) for name, call in calls.items()}
+    print(f"{R} rows: " + ", ".join(f"{name} {us:.1f} us" for name, us in times.items()), flush=True)
 
 
 if __name__ == "__main__":
