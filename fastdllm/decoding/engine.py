@@ -31,7 +31,8 @@ from fastdllm.runtime import memory_bytes
 __all__ = ["Completion", "DecodeConfig", "Engine", "Request", "stop_token_ids"]
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 CACHE_SHARE = 0.6  # of the free memory
-FREE_ROWS = 256  # on an H100 the products of a 1.5B take 1.62 ms for 1 row and 1.92 ms for 256
+FREE_ROWS = 256  # with CUDA graphs, on an H100: a pass of a 1.5B over 256 rows takes 3.2 ms, two of 64 take 4.0
+BLIND_ROWS = 64  # a pass over 64 rows takes 2.0 ms, one over 8 takes 1.8: not worth the host's knowing which is needed
 PREFILL_WIDTH = 256  # tokens of each prompt read in one pass
 
 
@@ -68,9 +69,9 @@ class Engine:
             mode: diffusion, or ar (token by token).
             batch_size: requests decoded at a time, at most.
             cache_bytes: memory for keys and values; None for a share of what the device has free.
-            free_rows: rows up to which a pass takes as long as for one: while the blocks of all slots have no more, the
-                whole block of each is computed at every step, so that the host need not decide; None for 256 with CUDA
-                graphs, 0 without.
+            free_rows: rows up to which one pass over the whole blocks of all slots is quicker than two, one over blocks
+                and one over sub-blocks, where slots need both; up to 64 of them are always computed so, and the host
+                need not decide. None for 256 with CUDA graphs, 0 without.
             is_graphed: replay passes as CUDA graphs; None: on a GPU, which it needs.
             is_fused: run the fused forward pass in place of transformers' layers, with Triton's kernels on a GPU; None:
                 on a GPU, if the model's heads have a size that the kernels know.
@@ -222,8 +223,8 @@ class Engine:
             self._allocate(longest, capacity, wanted, extra)
         self._free, self._asked = list(range(self.num_slots)), deque()
         # where rows are free, one kind of pass serves all slots, so the host need not know which pass each one needs
-        is_block_wise = self.mode == "diffusion" and not self._reuses
-        self._is_universal = is_block_wise and self.num_slots * size <= self.free_rows
+        self._is_block_wise = self.mode == "diffusion" and not self._reuses
+        self._is_universal = self._is_block_wise and self.num_slots * size <= min(self.free_rows, BLIND_ROWS)
         self._lag = 1 if self.is_graphed and (self._is_universal or self.mode == "ar") else 0
         self._read_prefix(prefix, self.num_slots)
 
@@ -329,6 +330,11 @@ class Engine:
         for row in rows:
             kind = _KINDS[row.phase]
             kinds.setdefault("universal" if self._is_universal and kind != "prefill" else kind, []).append(row)
+        if self._is_block_wise and {"block", "sub_block"} <= kinds.keys():
+            members = kinds["block"] + kinds["sub_block"]
+            if len(members) * self.model.block_size <= self.free_rows:
+                kinds["universal"] = members
+                del kinds["block"], kinds["sub_block"]
         for kind, members in kinds.items():
             if kind == "prefill":
                 self._prefill(members)

@@ -86,6 +86,8 @@ class FetchBytes(NamedTuple):
 
 
 NO_FETCH = FetchBytes()
+FETCH = FetchBytes()
+MAX_FEW_ROWS = 256
 HEAD_ROWS = 16384  # of the head's weights are fetched: those that an H100's multiprocessors read first
 
 
@@ -103,8 +105,8 @@ class FusedForward:
         model: BlockDiffusionLM,
         kernels: Operations | ModuleType | None = None,
         *,
-        max_few_rows: int = 256,
-        fetch: FetchBytes = NO_FETCH,
+        max_few_rows: int = MAX_FEW_ROWS,
+        fetch: FetchBytes = FETCH,
     ):
         """Take `kernels` (None: Triton's on a GPU, plain torch elsewhere) for passes of up to `max_few_rows` rows.
 
@@ -203,7 +205,7 @@ def default_kernels(device: torch.device) -> Operations | ModuleType:
         return operations
     from fastdllm.decoding.kernels import Kernels  # Triton comes with torch for GPUs alone
 
-    return Kernels()
+    return Kernels(overlap=False, is_late=False)
 
 
 def plan_fetches(layers: list[FusedLayer], head: Tensor, sizes: FetchBytes) -> list[dict[str, Fetch]]:

@@ -85,7 +85,7 @@ def default_tiles(num_rows: int, columns: int, depth: int, item_bytes: int) -> T
     return Tiles(rows, width, step, triton.cdiv(depth, in_part), stages=stages)
 
 
-SETTINGS = Settings()
+SETTINGS = Settings()  # best on an H100
 
 
 class Kernels:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_qwen
 
+from fastdllm.decoding import engine as engine_module
 from fastdllm.decoding.engine import DecodeConfig, Engine, Request
 from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.graphs import recorded_size
@@ -204,6 +205,16 @@ def test_passes_over_whole_blocks_and_a_host_that_lags_behind_change_nothing(
     universal, _ = answers(model, byte_tokenizer, requests, mode=mode, free_rows=1000)
     assert [replace(c, rows_run=0) for c in universal] == [replace(c, rows_run=0) for c in expected]
     assert mode == "ar" or universal[0].rows_run > expected[0].rows_run
+
+
+def test_passes_that_are_merged_where_rows_are_free_change_nothing(byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(engine_module, "BLIND_ROWS", 0)
+    model, requests = make_model(), make_requests(make_prompts(LENGTHS))
+    expected, _ = answers(model, byte_tokenizer, requests)
+    merged, _ = answers(model, byte_tokenizer, requests, free_rows=1000)
+    always, _ = answers(model, byte_tokenizer, requests[:1], free_rows=1000)
+    assert [replace(c, rows_run=0) for c in merged] == [replace(c, rows_run=0) for c in expected]
+    assert always[0].rows_run == expected[0].rows_run < merged[0].rows_run  # one slot never needs both passes
 
 
 @pytest.mark.parametrize("context", ["block", "causal"])
