@@ -6,11 +6,9 @@
 First the products: for every number of rows and every matrix, a list of tiles is tried, under CUDA graphs, with
 weights taken in turn from more copies than the L2 holds. What counts is the product with the kernel that adds up its
 parts ("with reader": a norm, which stands in for the rotation too); cuBLAS stands beside it. Of the fastest, the whole
-pass, head included, decides: one matrix after the other, then one setting of the other kernels after the other, then
-how many bytes each kernel fetches of the weights read next, then the tiles again. Numbers of rows that share tiles are
-judged together. The choice is printed in the form of `kernels.TILES`. Last, passes with these tiles: plain, fetching,
-overlapping (kernels start before the one before has ended; late: a product lets the next start when its loop is over),
-both, and with torch's own products.
+pass, head included, decides: one matrix after the other, then one setting of the other kernels after the other. Numbers
+of rows that share tiles are judged together. The choice is printed in the form of `kernels.TILES`. Last, passes with
+these tiles: kernels that wait for each other's end, kernels that overlap, and torch's own products.
 """
 
 import os
@@ -31,8 +29,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from fastdllm.cli import run
 from fastdllm.decoding import operations
 from fastdllm.decoding.cache import SlotCache
-from fastdllm.decoding.fused import NO_FETCH, FetchBytes, FusedForward
-from fastdllm.decoding.kernels import SETTINGS, Kernels, Settings, Tiles
+from fastdllm.decoding.fused import FusedForward
+from fastdllm.decoding.kernels import Kernels, Settings, Tiles
 from fastdllm.decoding.operations import PassRows
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.runtime import device_name, pick_device
@@ -49,21 +47,14 @@ PROGRAMS = (132, 198, 264)  # aimed at by the parts that are tried
 KEPT = 5  # tiles of each matrix, that the whole pass chooses from
 ATTEND = [  # rows, places, programs, warps, stages
     (64, 64, 132, 4, 2), (64, 64, 264, 8, 2), (64, 64, 264, 4, 3), (64, 32, 264, 4, 3), (64, 128, 264, 8, 2),
-    (32, 64, 264, 4, 2), (32, 32, 264, 4, 3), (16, 64, 264, 4, 2), (16, 128, 264, 4, 2),
+    (64, 64, 264, 4, 2), (32, 64, 264, 4, 2), (32, 32, 264, 4, 3), (16, 64, 264, 4, 2),
 ]  # fmt: skip
 ATTEND_FIELDS = [field for field in Settings._fields if field.startswith("attend_")]
 SETTINGS_TRIED = [  # the first two are of kernels that depend on the parts of a product as well
-    [dict(normalize_warps=warps) for warps in (4, 8, 32)],
+    [dict(normalize_warps=warps) for warps in (4, 8, 16)],
     [dict(rotate_heads=heads) for heads in (2, 4)],
     [dict(zip(ATTEND_FIELDS, values, strict=True)) for values in ATTEND],
-    [dict(merge_heads=heads) for heads in (2, 4)],
 ]
-MIB = 2**20
-FETCHES = {  # all of a layer's first two matrices, and of the others:
-    "small kernels alone": FetchBytes(8 * MIB, 0, 8 * MIB, 8 * MIB, 0, 6 * MIB, 0, 0, 4 * MIB),
-    "products too": FetchBytes(8 * MIB, 0, 8 * MIB, 12 * MIB, 0, 7 * MIB, 4 * MIB, 4 * MIB, 8 * MIB),
-    "most": FetchBytes(8 * MIB, 2 * MIB, 8 * MIB, 16 * MIB, 4 * MIB, 10 * MIB, 8 * MIB, 6 * MIB, 12 * MIB),
-}
 L2_BYTES = 50 * 2**20
 MASK, SEED = 3, 0
 
@@ -97,10 +88,8 @@ class Way(NamedTuple):
     """How a pass is run."""
 
     tiles: dict[tuple[int, int, int], Tiles]
-    settings: Settings = SETTINGS
-    fetch: FetchBytes = NO_FETCH
+    settings: Settings = Settings()
     overlap: bool = False
-    is_late: bool = False
     max_few_rows: int = 256
 
 
@@ -143,7 +132,7 @@ def measure(config: KernelsConfig) -> None:
     ways = [Way({k: tiles[i % len(tiles)] for k, tiles in kept.items()}) for i in range(KEPT)]
     with_parts, others = ([{}, *sum(tried, [])] for tried in (SETTINGS_TRIED[:2], SETTINGS_TRIED[2:]))
     varied = [*product(ways, with_parts), *product(ways[:1], others)]
-    varied = [way._replace(settings=SETTINGS._replace(**change)) for way, change in varied]
+    varied = [way._replace(settings=way.settings._replace(**change)) for way, change in varied]
     compile_all("passes", compile_pass, [(R, config, way) for way, R in product(varied, config.rows)])
     passes, chosen = Passes(config, num_layers, device), {}
     for rows in groups:
@@ -153,8 +142,7 @@ def measure(config: KernelsConfig) -> None:
         chosen[rows] = choose(passes, rows, best, {k: kept[k] for k in keys}, time.perf_counter() + share)
         best |= {k: chosen[rows].tiles[k] for k in keys}
     print("TILES = {", *(f"    {k}: Tiles{tuple(t)}," for k, t in best.items()), "}", sep="\n", flush=True)
-    overlapping = [dict(overlap=True, is_late=is_late) for is_late in (False, True)]
-    jobs = [(R, config, chosen[rows]._replace(**o)) for rows in groups for R in rows for o in overlapping]
+    jobs = [(R, config, chosen[rows]._replace(overlap=True)) for rows in groups for R in rows]
     compile_all("overlapping passes", compile_pass, jobs)
     pool.shutdown()
     for rows, way in chosen.items():
@@ -311,8 +299,8 @@ class Passes:
         self.weight_bytes = 2 * sum(parameter.numel() for parameter in qwen.parameters())
 
     def fused(self, way: Way) -> FusedForward:
-        kernels = Kernels(way.tiles, way.overlap, is_late=way.is_late, settings=way.settings)
-        return FusedForward(self.model, kernels, max_few_rows=way.max_few_rows, fetch=way.fetch)
+        kernels = Kernels(way.tiles, way.overlap, way.settings)
+        return FusedForward(self.model, kernels, max_few_rows=way.max_few_rows)
 
     def inputs(self, R: int) -> tuple[torch.Tensor, PassRows, SlotCache]:
         """Return tokens, rows and cache of R rows, in sequences of 32 at most."""
@@ -367,46 +355,23 @@ def choose(passes: Passes, rows: tuple[int, ...], best: dict, kept: dict[tuple, 
         lambda way, c=changes: [way._replace(settings=way.settings._replace(**change)) for change in c[:few]]
         for changes in SETTINGS_TRIED
     ]
-    programs = [lambda way: [way._replace(settings=way.settings._replace(fetch_programs=n)) for n in (48, 192)[:few]]]
-    fetches = [
-        lambda way: [
-            way._replace(fetch=fetch, settings=way.settings._replace(fetch_line=line))
-            for fetch, line in product(FETCHES.values(), (128, 64, 32)[:few])
-        ]
-    ]
-    sizes = [
-        lambda way, f=f: [
-            way._replace(fetch=way.fetch._replace(**{f: size})) for size in (0, 2 * getattr(way.fetch, f) or 2 * MIB)
-        ]
-        for f in FetchBytes._fields[:few]
-    ]
     way = Way(best)
     print(f"{rows} rows: {cost(way):.3f} ms with the products chosen one by one", flush=True)
     way = improve("settings", improve("tiles", way, tiles), settings)
-    way = improve("fetching", way, fetches)
-    if way.fetch != NO_FETCH:
-        way = improve("tiles and sizes for fetching", way, tiles + programs + sizes)
-    print(f"    {way.settings}\n    {way.fetch}", flush=True)
+    print(f"    {way.settings}", flush=True)
     return way
 
 
 def print_table(passes: Passes, R: int, way: Way) -> None:
     """Print a layer's other kernels and the whole pass of R rows, in each way."""
     time_small_kernels(R, passes, way)
-    plain = way._replace(fetch=NO_FETCH)
-    ways = {"ours": plain}
-    ways |= {f"fetching, {name}": way._replace(fetch=fetch) for name, fetch in FETCHES.items()}
-    ways |= {"fetching, as chosen": way} if way.fetch != NO_FETCH else {}
-    both = way if way.fetch != NO_FETCH else way._replace(fetch=FETCHES["products too"])
-    if passes.device.type == "cuda":
-        for name, is_late in (("overlapping", False), ("overlapping late", True)):
-            ways[name] = plain._replace(overlap=True, is_late=is_late)
-            ways[f"{name}, fetching"] = both._replace(overlap=True, is_late=is_late)
-    ways["torch's products"] = plain._replace(max_few_rows=0)
+    ways = {"ours": way, "overlapping": way._replace(overlap=True), "torch's products": way._replace(max_few_rows=0)}
+    if passes.device.type != "cuda":
+        del ways["overlapping"]
     for name, each in ways.items():
         time_ms = passes.milliseconds(each, R)
         speed = passes.weight_bytes / time_ms / 1e9
-        print(f"pass of {R:>3} rows, {name:<29} {time_ms:6.3f} ms, {speed:5.2f} TB/s", flush=True)
+        print(f"pass of {R:>3} rows, {name:<16} {time_ms:6.3f} ms, {speed:5.2f} TB/s", flush=True)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fastdllm.decoding import operations
 from fastdllm.decoding.cache import SlotCache
 from fastdllm.decoding.forward import PlainForward
-from fastdllm.decoding.operations import Fetch, HeadStatistics, PassRows
+from fastdllm.decoding.operations import HeadStatistics, PassRows
 from fastdllm.decoding.policies import Proposals
 from fastdllm.decoding.reuse import LayerStore
 from fastdllm.model import BlockDiffusionLM
@@ -19,28 +19,19 @@ from fastdllm.model import BlockDiffusionLM
 class Operations(Protocol):
     """What a pass is made of; `operations` says what each does, in plain torch."""
 
-    def multiply(self, rows: Tensor, weight: Tensor, fetch: Fetch | None = None) -> Tensor: ...
+    def multiply(self, rows: Tensor, weight: Tensor) -> Tensor: ...
 
-    def multiply_gated(self, rows: Tensor, weight: Tensor, fetch: Fetch | None = None) -> Tensor: ...
+    def multiply_gated(self, rows: Tensor, weight: Tensor) -> Tensor: ...
 
     def normalize(
-        self, hidden: Tensor, parts: Tensor | None, weight: Tensor, epsilon: float, fetch: Fetch | None = None
+        self, hidden: Tensor, parts: Tensor | None, weight: Tensor, epsilon: float
     ) -> tuple[Tensor, Tensor]: ...
 
     def rotate_and_store(
-        self,
-        parts: Tensor,
-        bias: Tensor,
-        angles: Tensor,
-        rows: PassRows,
-        keys: Tensor,
-        values: Tensor,
-        fetch: Fetch | None = None,
+        self, parts: Tensor, bias: Tensor, angles: Tensor, rows: PassRows, keys: Tensor, values: Tensor
     ) -> Tensor: ...
 
-    def attend_slots(
-        self, query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, limits: Tensor, fetch: Fetch | None = None
-    ) -> Tensor: ...
+    def attend_slots(self, query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, limits: Tensor) -> Tensor: ...
 
     def head_statistics(self, hidden: Tensor, head: Tensor, banned: int) -> HeadStatistics: ...
 
@@ -59,38 +50,6 @@ class FusedLayer(NamedTuple):
     down: Tensor
 
 
-class FetchBytes(NamedTuple):
-    """How many bytes of weights each kernel of a layer fetches into the L2, for the next kernel that reads some.
-
-    0: none. The next weights are those of the field's own comment; kernels with the same fetch successive ranges.
-    """
-
-    input_norm: int = 0
-    """Of the layer's query_key_value."""
-    query_key_value: int = 0
-    """Of output."""
-    rotate: int = 0
-    """Of output."""
-    attend: int = 0
-    """Of gate_up."""
-    output: int = 0
-    """Of gate_up."""
-    middle_norm: int = 0
-    """Of gate_up."""
-    gate_up: int = 0
-    """Of down."""
-    down: int = 0
-    """Of the next layer's query_key_value, or of the head."""
-    final_norm: int = 0
-    """Of the head."""
-
-
-NO_FETCH = FetchBytes()
-FETCH = FetchBytes()
-MAX_FEW_ROWS = 256
-HEAD_ROWS = 16384  # of the head's weights are fetched: those that an H100's multiprocessors read first
-
-
 class FusedForward:
     """Runs a BlockDiffusionLM's layers over rows of slots; promises the hidden states of `model.hidden_states`.
 
@@ -105,12 +64,11 @@ class FusedForward:
         model: BlockDiffusionLM,
         kernels: Operations | ModuleType | None = None,
         *,
-        max_few_rows: int = MAX_FEW_ROWS,
-        fetch: FetchBytes = FETCH,
+        max_few_rows: int = 256,
     ):
         """Take `kernels` (None: Triton's on a GPU, plain torch elsewhere) for passes of up to `max_few_rows` rows.
 
-        Above that, torch's own products are faster, and replace those of `kernels`; nothing is fetched for them.
+        Above that, torch's own products are faster, and replace those of `kernels`.
         """
         backbone = model.qwen.model
         self.model, self.kernels = model, kernels or default_kernels(model.device)
@@ -120,7 +78,6 @@ class FusedForward:
         self._embedding, self._head = backbone.embed_tokens.weight.detach(), model.qwen.lm_head.weight.detach()
         self._final_norm = backbone.norm.weight.detach()
         self._layers = [_fuse(layer) for layer in backbone.layers]
-        self._fetches = plan_fetches(self._layers, self._head, fetch)
         self._most_places = model.qwen.config.max_position_embeddings
         # rows of a block that ends behind the capacity have positions too, although nobody reads what they give
         positions = torch.arange(self._most_places + 2 * model.block_size, device=model.device)
@@ -160,8 +117,7 @@ class FusedForward:
                 return self._transform(index, hidden.flatten(0, 1), None)[1].sum(0).to(hidden.dtype).view_as(hidden)
 
             hidden = reuse.run(index, hidden.view(*tokens.shape, -1), attend, transform).flatten(0, 1)
-        fetch = self._fetches_of(len(self._layers), hidden)
-        normed = self.kernels.normalize(hidden, parts, self._final_norm, self.epsilon, fetch.get("final_norm"))[1]
+        normed = self.kernels.normalize(hidden, parts, self._final_norm, self.epsilon)[1]
         return normed.view(*tokens.shape, -1)
 
     @torch.no_grad()
@@ -174,67 +130,33 @@ class FusedForward:
     ) -> tuple[Tensor, Tensor]:
         """Return hidden [R, C] + parts [P, R, C], and in parts what a layer's attention adds to it."""
         layer, few = self._layers[index], self.kernels
-        many, fetch = self._products(hidden), self._fetches_of(index, hidden).get
-        hidden, normed = few.normalize(hidden, parts, layer.input_norm, self.epsilon, fetch("input_norm"))
-        heads = many.multiply(normed, layer.query_key_value, fetch("query_key_value"))
+        many = self._products(hidden)
+        hidden, normed = few.normalize(hidden, parts, layer.input_norm, self.epsilon)
+        heads = many.multiply(normed, layer.query_key_value)
         keys, values = cache.keys[index], cache.values[index]
-        turned = (heads, layer.query_key_value_bias, self._angles, rows, keys, values)
-        query = few.rotate_and_store(*turned, fetch("rotate"))
-        attended = few.attend_slots(query, keys, values, rows.slots, rows.limits, fetch("attend"))  # [B, T, H, E]
-        return hidden, many.multiply(attended.reshape(len(hidden), -1), layer.output, fetch("output"))
+        query = few.rotate_and_store(heads, layer.query_key_value_bias, self._angles, rows, keys, values)
+        attended = few.attend_slots(query, keys, values, rows.slots, rows.limits)  # [B, T, H, E]
+        return hidden, many.multiply(attended.reshape(len(hidden), -1), layer.output)
 
     def _transform(self, index: int, hidden: Tensor, parts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return hidden [R, C] + parts [P, R, C], and in parts what a layer's MLP adds to it."""
-        layer, many, fetch = self._layers[index], self._products(hidden), self._fetches_of(index, hidden).get
-        arguments = (hidden, parts, layer.middle_norm, self.epsilon)
-        hidden, normed = self.kernels.normalize(*arguments, fetch("middle_norm"))
+        layer, many = self._layers[index], self._products(hidden)
+        hidden, normed = self.kernels.normalize(hidden, parts, layer.middle_norm, self.epsilon)
         self.model.layer_calls += 1
-        inner = many.multiply_gated(normed, layer.gate_up, fetch("gate_up"))
-        return hidden, many.multiply(inner, layer.down, fetch("down"))
+        return hidden, many.multiply(many.multiply_gated(normed, layer.gate_up), layer.down)
 
     def _products(self, hidden: Tensor) -> Operations | ModuleType:
         return self.kernels if len(hidden) <= self.max_few_rows else operations
 
-    def _fetches_of(self, index: int, hidden: Tensor) -> dict[str, Fetch]:
-        return self._fetches[index] if len(hidden) <= self.max_few_rows else {}
-
 
 def default_kernels(device: torch.device) -> Operations | ModuleType:
     """Return Triton's kernels for a GPU that Triton supports (Turing and newer), plain torch for anything else."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 5):
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability < (7, 5):
         return operations
     from fastdllm.decoding.kernels import Kernels  # Triton comes with torch for GPUs alone
 
-    return Kernels(overlap=False, is_late=False)
-
-
-def plan_fetches(layers: list[FusedLayer], head: Tensor, sizes: FetchBytes) -> list[dict[str, Fetch]]:
-    """Return what each kernel fetches, by its name in FetchBytes: for every layer, and for the final norm last."""
-    following = [layer.query_key_value for layer in layers[1:]] + [head]
-    read_next = [
-        dict(
-            input_norm=layer.query_key_value,
-            query_key_value=layer.output,
-            rotate=layer.output,
-            attend=layer.gate_up,
-            output=layer.gate_up,
-            middle_norm=layer.gate_up,
-            gate_up=layer.down,
-            down=after,
-        )
-        for layer, after in zip(layers, following, strict=True)
-    ]
-    fetched, plan = {}, []
-    for weights in [*read_next, dict(final_norm=head)]:
-        plan.append({})
-        for name, weight in weights.items():
-            num_rows = min(len(weight), HEAD_ROWS) if weight is head else len(weight)
-            first = fetched.get(weight.data_ptr(), 0)
-            end = min(first + getattr(sizes, name), weight[:num_rows].nbytes)
-            if end > first:
-                plan[-1][name] = Fetch(weight, num_rows, first, end)
-            fetched[weight.data_ptr()] = end
-    return plan
+    return Kernels(overlap=capability >= (9, 0))
 
 
 def _fuse(layer: nn.Module) -> FusedLayer:

@@ -4,10 +4,8 @@
 waits for the host, and every sum is taken in a fixed order, so a pass can be captured in a CUDA graph and repeats bit
 for bit. On Hopper each kernel may start while the one before it still runs (programmatic dependent launch): it fetches
 its weights into the L2, then waits for the earlier one to be complete before it touches anything else. Since every
-kernel waits, a complete kernel means that all before it are complete.
-
-What is given as `fetch` goes into the L2 as well, for a later kernel: in the kernels between the products by programs
-that do nothing else, in a product by each program when its loop over K has ended.
+kernel waits, a complete kernel means that all before it are complete. A product lets the next one start only when its
+loop over K has ended: at its beginning was measured to be slower.
 """
 
 from typing import NamedTuple
@@ -17,23 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdllm.decoding.operations import Fetch, HeadStatistics, PassRows, has_kernels_for
+from fastdllm.decoding.operations import HeadStatistics, PassRows, has_kernels_for
 
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)  # Triton's interpreter would multiply bfloat16 as integers
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where a difference of two is taken
 AHEAD = tl.constexpr(4)  # tiles of weights that each program fetches while the kernel before it still runs
-LINES = tl.constexpr(256)  # that a program fetches at a time
 PROGRAMS = 264  # aimed at in a product: two for each of an H100's multiprocessors
-FETCH = [
-    "ahead",
-    "first",
-    "count",
-    "ahead_rows",
-    "row_bytes",
-    "ahead_parts",
-    "part_lines",
-    "line_bytes",
-]  # of _fetch_share
 
 
 class Tiles(NamedTuple):
@@ -52,169 +39,127 @@ class Tiles(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How the kernels between the products are cut up; heads, rows and places are powers of two."""
+    """How the kernels between the products are cut up, best on an H100; heads, rows and places are powers of two."""
 
-    normalize_warps: int = 16
+    normalize_warps: int = 32
     rotate_heads: int = 1
     """Heads of a row that a program turns, with a warp for each."""
-    attend_rows: int = 64
+    attend_rows: int = 16
     """Rows of a program, at most; 16 or more, as are places."""
-    attend_places: int = 64
+    attend_places: int = 128
     attend_programs: int = PROGRAMS
     """Aimed at by the parts that the places are cut into."""
     attend_warps: int = 4
     attend_stages: int = 2
-    merge_heads: int = 1
-    """Heads that a program merges, with a warp for each."""
-    fetch_programs: int = 96
-    """Programs more that fetch what is read next, if anything."""
-    fetch_line: int = 128
-    """Bytes that a request is to bring: a cache line has 128, in four sectors."""
 
 
-TILES: dict[tuple[int, int, int], Tiles] = {}  # (rows rounded up to a power of two, N, K) -> best for bfloat16
+TileTable = dict[tuple[int, int, int], Tiles]  # (rows rounded up to a power of two, N, K) -> best in half precision
+TILES: TileTable = {  # measured on an H100 by benchmarks/decode_kernels.py, for the shape of the 1.5B
+    (16, 2048, 1536): Tiles(16, 64, 64, 4, 4, 6), (32, 2048, 1536): Tiles(32, 64, 64, 4, 4, 6),
+    (64, 2048, 1536): Tiles(64, 64, 64, 4, 4, 6), (128, 2048, 1536): Tiles(128, 64, 64, 4, 4, 5),
+    (256, 2048, 1536): Tiles(128, 64, 64, 2, 4, 5), (16, 1536, 1536): Tiles(16, 128, 128, 6, 8, 3),
+    (32, 1536, 1536): Tiles(32, 64, 128, 6, 4, 3), (64, 1536, 1536): Tiles(64, 64, 64, 8, 4, 6),
+    (128, 1536, 1536): Tiles(128, 128, 64, 8, 4, 4), (256, 1536, 1536): Tiles(128, 64, 64, 4, 4, 5),
+    (16, 17920, 1536): Tiles(16, 64, 128, 1, 4, 4), (32, 17920, 1536): Tiles(32, 64, 128, 1, 4, 3),
+    (64, 17920, 1536): Tiles(64, 128, 64, 1, 4, 4), (128, 17920, 1536): Tiles(128, 64, 64, 1, 4, 5),
+    (256, 17920, 1536): Tiles(128, 128, 64, 1, 8, 4), (16, 1536, 8960): Tiles(16, 64, 128, 6, 4, 4),
+    (32, 1536, 8960): Tiles(32, 64, 64, 6, 4, 6), (64, 1536, 8960): Tiles(64, 64, 64, 6, 4, 6),
+    (128, 1536, 8960): Tiles(128, 128, 128, 10, 8, 3), (256, 1536, 8960): Tiles(256, 128, 64, 11, 8, 4),
+    (16, 151936, 1536): Tiles(16, 128, 128, 1, 8, 3), (32, 151936, 1536): Tiles(32, 64, 128, 1, 4, 4),
+    (64, 151936, 1536): Tiles(64, 128, 64, 1, 4, 4), (128, 151936, 1536): Tiles(128, 128, 64, 1, 8, 4),
+    (256, 151936, 1536): Tiles(128, 128, 64, 1, 8, 4),
+}  # fmt: skip
 
 
 def default_tiles(num_rows: int, columns: int, depth: int, item_bytes: int) -> Tiles:
     """Return tiles for rows [R, K] times weight [N, K], where none are measured: R, N, K."""
     rows = min(max(16, triton.next_power_of_2(num_rows)), 128)
-    width = 64 if rows < 128 else 128
+    width, step = (64, 128) if rows < 128 else (128, 64)
     programs = triton.cdiv(columns, width) * triton.cdiv(num_rows, rows)
     in_part = triton.cdiv(depth, max(1, min(PROGRAMS // programs, 8, depth // 128)) * 128) * 128
-    step, stages = 128 if rows < 128 else 64, 8 // item_bytes  # what shared memory holds
-    return Tiles(rows, width, step, triton.cdiv(depth, in_part), stages=stages)
-
-
-SETTINGS = Settings()  # best on an H100
+    return Tiles(rows, width, step, triton.cdiv(depth, in_part), stages=8 // item_bytes)  # what shared memory holds
 
 
 class Kernels:
     """The functions of `operations`, by the kernels below; tensors are contiguous, weights and rows of one dtype."""
 
-    def __init__(
-        self,
-        tiles: dict[tuple[int, int, int], Tiles] | None = None,
-        overlap: bool = False,
-        *,
-        is_late: bool = False,
-        settings: Settings = SETTINGS,
-    ):
-        """Let each kernel start before the one before has ended (`overlap`), after a product's loop over K if late."""
-        self.tiles, self.settings = TILES if tiles is None else tiles, settings
-        self.overlap, self.is_late = overlap, is_late
+    def __init__(self, tiles: TileTable | None = None, overlap: bool = False, settings: Settings | None = None):
+        """Take the measured tiles if None; with `overlap`, each kernel starts before the one before has ended."""
+        self.tiles, self.overlap, self.settings = TILES if tiles is None else tiles, overlap, settings or Settings()
 
-    def multiply(self, rows: Tensor, weight: Tensor, fetch: Fetch | None = None) -> Tensor:
-        tiles = self._tiles(len(rows), weight)
-        out = rows.new_empty(tiles.parts, len(rows), len(weight), dtype=torch.float32)
-        self._multiply(rows, weight, out, tiles, fetch, is_gated=False)
-        return out
+    def multiply(self, rows: Tensor, weight: Tensor) -> Tensor:
+        return self._multiply(rows, weight, is_gated=False)
 
-    def multiply_gated(self, rows: Tensor, weight: Tensor, fetch: Fetch | None = None) -> Tensor:
-        tiles = self._tiles(len(rows), weight)._replace(parts=1)
-        out = rows.new_empty(len(rows), len(weight) // 2)
-        self._multiply(rows, weight, out, tiles, fetch, is_gated=True)
-        return out
+    def multiply_gated(self, rows: Tensor, weight: Tensor) -> Tensor:
+        return self._multiply(rows, weight, is_gated=True)
 
-    def normalize(
-        self, hidden: Tensor, parts: Tensor | None, weight: Tensor, epsilon: float, fetch: Fetch | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def normalize(self, hidden: Tensor, parts: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         (R, C), normed = hidden.shape, torch.empty_like(hidden)
         summed = hidden if parts is None else torch.empty_like(hidden)
         given, count = (hidden, 0) if parts is None else (parts, len(parts))
-        sizes = dict(C=C, PARTS=count, BLOCK=triton.next_power_of_2(C))
-        arguments = (given, hidden, weight, summed, normed, epsilon, R, *self._share(fetch, R, weight))
-        grid = (R + self._fetchers(fetch),)
-        self._launch(_normalize, grid, *arguments, warps=self.settings.normalize_warps, **sizes)
+        sizes = dict(C=C, PARTS=count, BLOCK=triton.next_power_of_2(C), warps=self.settings.normalize_warps)
+        self._launch(_normalize, (R,), given, hidden, weight, summed, normed, epsilon, R, **sizes)
         return summed, normed
 
     def rotate_and_store(
-        self,
-        parts: Tensor,
-        bias: Tensor,
-        angles: Tensor,
-        rows: PassRows,
-        keys: Tensor,
-        values: Tensor,
-        fetch: Fetch | None = None,
+        self, parts: Tensor, bias: Tensor, angles: Tensor, rows: PassRows, keys: Tensor, values: Tensor
     ) -> Tensor:
         (B, T), (_, G, capacity, E) = rows.positions.shape, keys.shape
         H, heads = len(bias) // E - 2 * G, self.settings.rotate_heads
         query = keys.new_empty(B, T, H, E)
         where = (angles, angles[1], rows.positions, rows.places, rows.slots)
         sizes = dict(PARTS=len(parts), H=H, G=G, E=E, HEADS=heads)
-        arguments = (parts, bias, *where, query, keys, values, B * T, T, capacity, *self._share(fetch, B * T, bias))
-        grid = (B * T * triton.cdiv(H + 2 * G, heads) + self._fetchers(fetch),)
-        self._launch(_rotate_and_store, grid, *arguments, warps=heads, **sizes)
+        grid, arguments = (B * T * triton.cdiv(H + 2 * G, heads),), (query, keys, values, B * T, T, capacity)
+        self._launch(_rotate_and_store, grid, parts, bias, *where, *arguments, warps=heads, **sizes)
         return query
 
-    def attend_slots(
-        self, query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, limits: Tensor, fetch: Fetch | None = None
-    ) -> Tensor:
+    def attend_slots(self, query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, limits: Tensor) -> Tensor:
         (B, T, H, E), (_, G, capacity, _) = query.shape, keys.shape
         if not has_kernels_for(E):
             raise ValueError(f"the kernels need a head size of 16, 32, 64, ..., got {E}; take `operations` instead.")
         settings, R = self.settings, B * T * H
         rows = min(settings.attend_rows, max(16, triton.next_power_of_2(T * H // G)))
-        programs = triton.cdiv(T * H // G, rows) * B * G
-        most = triton.cdiv(capacity, settings.attend_places)
-        parts = max(1, min(settings.attend_programs // programs, 16, most))
+        blocks, most = triton.cdiv(T * H // G, rows), triton.cdiv(capacity, settings.attend_places)
+        parts = max(1, min(settings.attend_programs // (blocks * B * G), 16, most))
         out = torch.empty_like(query)
         sums = query.new_empty(parts, R, E, dtype=torch.float32) if parts > 1 else out
         weights = query.new_empty(2, parts, R, dtype=torch.float32)
         scale = 1.4426950408889634 * E**-0.5  # of exp2
-        given = (query, keys, values, slots, limits, sums, weights, scale, B, T, capacity)
+        arguments = (query, keys, values, slots, limits, sums, weights, scale, B, T, capacity)
         sizes = dict(H=H, G=G, E=E, ROWS=rows, PLACES=settings.attend_places, PARTS=parts)
-        run = dict(warps=settings.attend_warps, stages=settings.attend_stages)
-        grid = (programs * parts + self._fetchers(fetch),)
-        self._launch(_attend, grid, *given, *self._share(fetch, B * T, query), **run, **sizes)
+        sizes |= dict(warps=settings.attend_warps, stages=settings.attend_stages)
+        self._launch(_attend, (blocks, B * G, parts), *arguments, **sizes)
         if parts > 1:
-            heads = settings.merge_heads
-            sizes = dict(E=E, PARTS=parts, BLOCK=triton.next_power_of_2(parts), HEADS=heads)
-            self._launch(_merge_attention, (triton.cdiv(R, heads),), sums, weights, out, R, warps=heads, **sizes)
+            sizes = dict(E=E, PARTS=parts, BLOCK=triton.next_power_of_2(parts))
+            self._launch(_merge_attention, (R,), sums, weights, out, R, warps=1, **sizes)
         return out
 
     def head_statistics(self, hidden: Tensor, head: Tensor, banned: int) -> HeadStatistics:
-        (R, C), V, tiles = hidden.shape, len(head), self._tiles(len(hidden), head)
+        (R, C), V, tiles = hidden.shape, len(head), self._tiles(hidden, head)
         count = triton.cdiv(V, tiles.columns)
         numbers = hidden.new_empty(4, R, count, dtype=torch.float32)
         indices = hidden.new_empty(R, count, dtype=torch.int32)
         sizes = dict(V=V, C=C, ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth)
-        run = dict(warps=tiles.warps, stages=tiles.stages)
-        grid = (triton.cdiv(R, tiles.rows), count)
-        self._launch(_head_tile, grid, hidden, head, numbers, indices, banned, R, LATE=self.is_late, **run, **sizes)
+        run, grid = dict(warps=tiles.warps, stages=tiles.stages), (triton.cdiv(R, tiles.rows), count)
+        self._launch(_head_tile, grid, hidden, head, numbers, indices, banned, R, **run, **sizes)
         best, results = indices.new_empty(R, dtype=torch.int64), numbers.new_empty(4, R)
         sizes = dict(COUNT=count, BLOCK=triton.next_power_of_2(count))
         self._launch(_merge_statistics, (R,), numbers, indices, best, results, R, **sizes)
         return HeadStatistics(best, *results)
 
-    def _tiles(self, num_rows: int, weight: Tensor) -> Tiles:
-        key, item_bytes = (max(16, triton.next_power_of_2(num_rows)), *weight.shape), weight.element_size()
+    def _tiles(self, rows: Tensor, weight: Tensor) -> Tiles:
+        key, item_bytes = (max(16, triton.next_power_of_2(len(rows))), *weight.shape), weight.element_size()
         is_measured = key in self.tiles and item_bytes == 2
-        return self.tiles[key] if is_measured else default_tiles(num_rows, *weight.shape, item_bytes)
+        return self.tiles[key] if is_measured else default_tiles(len(rows), *weight.shape, item_bytes)
 
-    def _multiply(
-        self, rows: Tensor, weight: Tensor, out: Tensor, tiles: Tiles, fetch: Fetch | None, is_gated: bool
-    ) -> None:
-        (R, K), N = rows.shape, len(weight)
-        grid = (triton.cdiv(R, tiles.rows), triton.cdiv(N, tiles.columns), tiles.parts)
-        sizes = dict(N=N, K=K, ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, PARTS=tiles.parts)
-        run = dict(warps=tiles.warps, stages=tiles.stages, GATED=is_gated, LATE=self.is_late)
-        self._launch(_multiply, grid, rows, weight, out, R, *self._share(fetch, R, weight), **run, **sizes)
-
-    def _share(self, fetch: Fetch | None, num_rows: int, other: Tensor) -> tuple[Tensor | int, ...]:
-        """Return the arguments named in FETCH: the same lines of every part that a product of num_rows is cut into."""
-        line = self.settings.fetch_line
-        if fetch is None:
-            return other, 0, 0, 0, 0, 1, 0, line
-        (_, K), tiles, item_bytes = fetch.weight.shape, self._tiles(num_rows, fetch.weight), fetch.weight.element_size()
-        steps = triton.cdiv(triton.cdiv(K, tiles.depth), tiles.parts)
-        part_lines = triton.cdiv(steps * tiles.depth * item_bytes, line)
-        num_bytes = fetch.num_rows * K * item_bytes
-        first, end = (triton.cdiv(at * part_lines, num_bytes) for at in (fetch.first_byte, fetch.end_byte))
-        return fetch.weight, first, end - first, fetch.num_rows, K * item_bytes, tiles.parts, part_lines, line
-
-    def _fetchers(self, fetch: Fetch | None) -> int:
-        return self.settings.fetch_programs if fetch is not None else 0
+    def _multiply(self, rows: Tensor, weight: Tensor, is_gated: bool) -> Tensor:
+        (R, K), N, tiles = rows.shape, len(weight), self._tiles(rows, weight)
+        parts = 1 if is_gated else tiles.parts
+        out = rows.new_empty(R, N // 2) if is_gated else rows.new_empty(parts, R, N, dtype=torch.float32)
+        grid = (triton.cdiv(R, tiles.rows), triton.cdiv(N, tiles.columns), parts)
+        sizes = dict(N=N, K=K, ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, PARTS=parts, GATED=is_gated)
+        self._launch(_multiply, grid, rows, weight, out, R, warps=tiles.warps, stages=tiles.stages, **sizes)
+        return out
 
     def _launch(self, kernel, grid: tuple, *arguments, warps: int = 4, stages: int = 1, **sizes) -> None:
         options = dict(launch_pdl=True) if self.overlap else {}
@@ -222,11 +167,10 @@ class Kernels:
 
 
 @triton.jit
-def _follow(OVERLAP: tl.constexpr, LATE: tl.constexpr):
-    """Let the next kernel start, if not late; wait for the one before."""
+def _follow(OVERLAP: tl.constexpr):
+    """Let the next kernel start; wait for the one before."""
     if OVERLAP:
-        if not LATE:
-            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
 
@@ -238,43 +182,21 @@ def _dot(left, right, total):
 
 
 @triton.jit
-def _fetch(address):
-    """Ask for the cache lines at the addresses without waiting for them."""
-    code: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-    if not WIDEN:  # assembly does not run in the interpreter
-        tl.inline_asm_elementwise(code, "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _fetch_share(share, shares, ahead, first, count, ahead_rows, row_bytes, ahead_parts, part_lines, line_bytes):
-    """Fetch one of `shares` shares of the lines from `first` on, `count` of them, of every part of every row."""
-    lines = ahead_rows * ahead_parts * count
-    for start in range(share * LINES, lines, shares * LINES):
-        line = tl.minimum(start + tl.arange(0, LINES), lines - 1)
-        part, row = line // count % ahead_parts, line // (count * ahead_parts)
-        in_row = tl.minimum(part * part_lines + first + line % count, (row_bytes - 1) // line_bytes)
-        offset = row.to(tl.int64) * row_bytes + in_row * line_bytes
-        _fetch(ahead.to(tl.pointer_type(tl.int8), bitcast=True) + offset)
-
-
-@triton.jit
-def _dot_tiles(
-    rows, weight, row, column, first, last,
-    K: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr, LATE: tl.constexpr,
-):  # fmt: skip
+def _dot_tiles(rows, weight, row, column, first, last, K: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr):
     """Return [columns, rows] float32: weight rows `column` times rows `row`, over the tiles of K from first to last.
 
     The weights stand on the left, since a Hopper product takes 64 from there and as few as 8 from the right.
     """
     if OVERLAP:
-        line = tl.arange(0, DEPTH // 64) * 64
+        line = tl.arange(0, DEPTH // 64) * 64  # of 128 bytes
+        code: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
         for tile in range(first, tl.minimum(first + AHEAD, last)):
-            _fetch(weight + column[:, None] * K + (tile * DEPTH + line)[None, :])
-    _follow(OVERLAP, LATE)
-    depth = tl.arange(0, DEPTH)
+            address = (weight + column[:, None] * K + (tile * DEPTH + line)[None, :]).to(tl.int64)
+            tl.inline_asm_elementwise(code, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+        tl.extra.cuda.gdc_wait()
     total = tl.zeros([column.shape[0], row.shape[0]], tl.float32)
     for tile in range(first, last):
-        at = tile * DEPTH + depth
+        at = tile * DEPTH + tl.arange(0, DEPTH)
         weight_at = weight + column[:, None] * K + at[None, :]
         rows_at = rows + row[None, :] * K + at[:, None]
         if K % DEPTH == 0:
@@ -284,29 +206,25 @@ def _dot_tiles(
             left = tl.load(weight_at, mask=at[None, :] < K, other=0.0)
             right = tl.load(rows_at, mask=at[:, None] < K, other=0.0)
         total = _dot(left, right, total)
-    if OVERLAP and LATE:
+    if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     return total
 
 
-@triton.jit(do_not_specialize=["R", *FETCH])
+@triton.jit(do_not_specialize=["R"])
 def _multiply(
-    rows, weight, out, R, ahead, first, count, ahead_rows, row_bytes, ahead_parts, part_lines, line_bytes,
-    N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr, PARTS: tl.constexpr, LATE: tl.constexpr, OVERLAP: tl.constexpr,
+    rows, weight, out, R, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write rows [R, K] times weight [N, K]: out is [PARTS, R, N] float32, or [R, N / 2] if gated."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     per_part: tl.constexpr = tl.cdiv(tl.cdiv(K, DEPTH), PARTS)
-    tile = tl.program_id(2) * per_part
-    last = tl.minimum(tile + per_part, tl.cdiv(K, DEPTH))
+    first = tl.program_id(2) * per_part
+    last = tl.minimum(first + per_part, tl.cdiv(K, DEPTH))
     paired = tl.minimum(column // 2, N // 2 - 1) + (column % 2) * (N // 2)  # a row of the gate's, one of up's, ...
     weight_row = paired if GATED else tl.minimum(column, N - 1)
-    total = _dot_tiles(rows, weight, tl.minimum(row, R - 1), weight_row, tile, last, K, DEPTH, OVERLAP, LATE)
-    share = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    shares = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-    _fetch_share(share, shares, ahead, first, count, ahead_rows, row_bytes, ahead_parts, part_lines, line_bytes)
+    total = _dot_tiles(rows, weight, tl.minimum(row, R - 1), weight_row, first, last, K, DEPTH, OVERLAP)
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(total, [COLUMNS // 2, 2, ROWS]), 0, 2, 1))
         total = gate / (1 + tl.exp(-gate)) * up
@@ -319,22 +237,16 @@ def _multiply(
     tl.store(out + row[None, :] * width + column[:, None], total.to(out.dtype.element_ty), mask=is_inside)
 
 
-@triton.jit(do_not_specialize=["R", *FETCH])
+@triton.jit(do_not_specialize=["R"])
 def _normalize(
     parts, hidden, weight, summed, normed, epsilon, R,
-    ahead, first, count, ahead_rows, row_bytes, ahead_parts, part_lines, line_bytes,
     C: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write hidden [R, C] plus parts [PARTS, R, C], and its RMSNorm; a program takes a row."""
-    row = tl.program_id(0)
-    if row >= R:
-        shares = tl.num_programs(0) - R
-        _fetch_share(row - R, shares, ahead, first, count, ahead_rows, row_bytes, ahead_parts, part_lines, line_bytes)
-        return
-    column = tl.arange(0, BLOCK)
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
     is_inside = column < C
     scale = tl.load(weight + column, mask=is_inside, other=0.0).to(tl.float32)
-    _follow(OVERLAP, False)
+    _follow(OVERLAP)
     total = tl.load(hidden + row * C + column, mask=is_inside, other=0.0).to(tl.float32)
     if PARTS > 0:
         for part in tl.static_range(PARTS):
@@ -347,25 +259,18 @@ def _normalize(
     tl.store(normed + row * C + column, result.to(normed.dtype.element_ty), mask=is_inside)
 
 
-@triton.jit(do_not_specialize=["R", "T", *FETCH])
+@triton.jit(do_not_specialize=["R", "T"])
 def _rotate_and_store(
-    parts, bias, cosine, sine, positions, places, slots, query, keys, values, R, T, capacity,
-    ahead, first, count, ahead_rows, row_bytes, ahead_parts, part_lines, line_bytes,
-    PARTS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, HEADS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    parts, bias, cosine, sine, positions, places, slots, query, keys, values, R, T, capacity, PARTS: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Add up parts and bias, turn queries and keys; a program takes HEADS heads of one row, as their two halves."""
     blocks: tl.constexpr = tl.cdiv(H + 2 * G, HEADS)
-    share, shares = tl.program_id(0) - R * blocks, tl.num_programs(0) - R * blocks
-    if share >= 0:
-        _fetch_share(share, shares, ahead, first, count, ahead_rows, row_bytes, ahead_parts, part_lines, line_bytes)
-        return
     row, half = tl.program_id(0) // blocks, tl.arange(0, E // 2)[None, :]
     head = (tl.program_id(0) % blocks * HEADS + tl.arange(0, HEADS))[:, None]
     at = tl.minimum(head, H + 2 * G - 1) * E + half
-    left = tl.load(bias + at).to(tl.float32)
-    right = tl.load(bias + at + E // 2).to(tl.float32)
-    _follow(OVERLAP, False)
+    left, right = tl.load(bias + at).to(tl.float32), tl.load(bias + at + E // 2).to(tl.float32)
+    _follow(OVERLAP)
     for part in tl.static_range(PARTS):
         source = parts + (part * R + row) * ((H + 2 * G) * E) + at
         left += tl.load(source).to(tl.float32)
@@ -378,48 +283,37 @@ def _rotate_and_store(
     turned_right = (right * cos + left * sin).to(query.dtype.element_ty)
     group = tl.maximum(head - H, 0) % G
     place = ((tl.load(slots + row // T) * G + group) * capacity + tl.load(places + row)) * E + half
-    is_query, is_key = (head < H) & (half >= 0), (head >= H) & is_turned & (half >= 0)
-    is_value = (head >= H + G) & (head < H + 2 * G) & (half >= 0)
-    query_at = query + (row * H + head) * E + half
-    tl.store(query_at, turned, mask=is_query)
-    tl.store(query_at + E // 2, turned_right, mask=is_query)
+    is_key, is_value = (head >= H) & is_turned, (head >= H + G) & (head < H + 2 * G)
+    tl.store(query + (row * H + head) * E + half, turned, mask=head < H)
+    tl.store(query + (row * H + head) * E + half + E // 2, turned_right, mask=head < H)
     tl.store(keys + place, turned, mask=is_key)
     tl.store(keys + place + E // 2, turned_right, mask=is_key)
     tl.store(values + place, turned, mask=is_value)
     tl.store(values + place + E // 2, turned_right, mask=is_value)
 
 
-@triton.jit(do_not_specialize=["B", "T", *FETCH])
+@triton.jit(do_not_specialize=["B", "T"])
 def _attend(
-    query, keys, values, slots, limits, sums, weights, scale, B, T, capacity,
-    ahead, first, count, ahead_rows, row_bytes, ahead_parts, part_lines, line_bytes,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr,
-    PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    query, keys, values, slots, limits, sums, weights, scale, B, T, capacity, H: tl.constexpr, G: tl.constexpr,
+    E: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attend for ROWS of the T * H / G rows that share a key head, over a part of the places that they see.
 
     With one part, sums is the output; with more, it takes sums [PARTS, B * T * H, E] whose weights, and the largest
     score behind them, go to weights [2, PARTS, B * T * H].
     """
-    blocks = tl.cdiv(T * (H // G), ROWS)
-    share, shares = tl.program_id(0) - blocks * B * G * PARTS, tl.num_programs(0) - blocks * B * G * PARTS
-    if share >= 0:
-        _fetch_share(share, shares, ahead, first, count, ahead_rows, row_bytes, ahead_parts, part_lines, line_bytes)
-        return
-    block, slab = tl.program_id(0) % blocks, tl.program_id(0) // blocks % (B * G)
-    sequence, group, part = slab // G, slab % G, tl.program_id(0) // (blocks * B * G)
-    row, entry = block * ROWS + tl.arange(0, ROWS), tl.arange(0, E)
+    sequence, group, part = tl.program_id(1) // G, tl.program_id(1) % G, tl.program_id(2)
+    row, entry = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, E)
     token, head = row // (H // G), group * (H // G) + row % (H // G)
     is_inside = token < T
     at = (sequence * T + token) * H + head
-    _follow(OVERLAP, False)
+    _follow(OVERLAP)
     limit = tl.load(limits + sequence * T + token, mask=is_inside, other=0)
     slab = (tl.load(slots + sequence) * G + group) * capacity * E
     queries = tl.load(query + at[:, None] * E + entry[None, :], mask=is_inside[:, None], other=0.0)
     count = tl.cdiv(tl.max(limit, 0), PLACES).to(tl.int32)
     per_part = tl.cdiv(count, PARTS)
-    highest = tl.full([ROWS], LOWEST, tl.float32)
-    weight = tl.zeros([ROWS], tl.float32)
+    highest, weight = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, E], tl.float32)
     for tile in range(part * per_part, tl.minimum((part + 1) * per_part, count)):
         place = tile * PLACES + tl.arange(0, PLACES)
@@ -445,28 +339,25 @@ def _attend(
 
 @triton.jit(do_not_specialize=["R"])
 def _merge_attention(
-    sums, weights, out, R,
-    E: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Write the weighted mean over the parts; a program takes HEADS heads of the rows, R are all of them."""
-    part, head = tl.arange(0, BLOCK)[:, None], (tl.program_id(0) * HEADS + tl.arange(0, HEADS))[None, :]
-    entry, is_inside = tl.arange(0, E), (part < PARTS) & (head < R)
-    _follow(OVERLAP, False)
-    highest = tl.load(weights + part * R + head, mask=is_inside, other=LOWEST)
-    scale = tl.exp2(highest - tl.max(highest, 0)[None, :])
-    weight = tl.sum(scale * tl.load(weights + (PARTS + part) * R + head, mask=is_inside, other=0.0), 0)
-    at = ((part * R + head) * E)[:, :, None] + entry[None, None, :]
-    total = tl.sum(scale[:, :, None] * tl.load(sums + at, mask=is_inside[:, :, None], other=0.0), 0)  # [HEADS, E]
-    result = total / tl.where(weight > 0, weight, 1.0)[:, None]
-    at = tl.program_id(0) * HEADS + tl.arange(0, HEADS)[:, None]
-    tl.store(out + at * E + entry[None, :], result.to(out.dtype.element_ty), mask=at < R)
+    sums, weights, out, R, E: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """Write the weighted mean over the parts; a program takes one head of one row, R are all of them."""
+    row, part, entry = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, E)
+    is_part = part < PARTS
+    _follow(OVERLAP)
+    highest = tl.load(weights + part * R + row, mask=is_part, other=LOWEST)
+    scale = tl.exp2(highest - tl.max(highest, 0))
+    weight = tl.sum(scale * tl.load(weights + (PARTS + part) * R + row, mask=is_part, other=0.0), 0)
+    at = (part[:, None] * R + row) * E + entry[None, :]
+    total = tl.sum(scale[:, None] * tl.load(sums + at, mask=is_part[:, None], other=0.0), 0)
+    result = total / tl.where(weight > 0, weight, 1.0)
+    tl.store(out + row * E + entry, result.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["R"])
 def _head_tile(
-    hidden, head, numbers, indices, banned, R,
-    V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    LATE: tl.constexpr, OVERLAP: tl.constexpr,
+    hidden, head, numbers, indices, banned, R, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Reduce a tile of the vocabulary, for each row of hidden [R, C], to a best index and four numbers.
 
@@ -476,7 +367,7 @@ def _head_tile(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     weight_row, tiles = tl.minimum(column, V - 1), tl.cdiv(C, DEPTH)
-    logits = _dot_tiles(hidden, head, tl.minimum(row, R - 1), weight_row, 0, tiles, C, DEPTH, OVERLAP, LATE)
+    logits = _dot_tiles(hidden, head, tl.minimum(row, R - 1), weight_row, 0, tiles, C, DEPTH, OVERLAP)
     is_allowed = (column < V) & (column != banned)
     logits = tl.where(is_allowed[:, None], logits, -float("inf"))
     best = tl.max(logits, 0)
@@ -485,8 +376,7 @@ def _head_tile(
     below = tl.maximum(logits, LOWEST) - tl.maximum(best, LOWEST)[None, :]
     weight = tl.where(is_allowed[:, None], tl.exp(below), 0.0)
     count: tl.constexpr = tl.cdiv(V, COLUMNS)
-    at = row * count + tl.program_id(1)
-    is_inside = row < R
+    at, is_inside = row * count + tl.program_id(1), row < R
     tl.store(indices + at, index, mask=is_inside)
     tl.store(numbers + at, best, mask=is_inside)
     tl.store(numbers + R * count + at, second, mask=is_inside)
@@ -501,7 +391,7 @@ def _merge_statistics(
     """Merge the COUNT tiles of a row: best [R], and results [4, R] in the order of HeadStatistics."""
     row, tile = tl.program_id(0), tl.arange(0, BLOCK)
     at, is_inside = row * COUNT + tile, tile < COUNT
-    _follow(OVERLAP, False)
+    _follow(OVERLAP)
     top = tl.load(numbers + at, mask=is_inside, other=-float("inf"))
     second = tl.load(numbers + R * COUNT + at, mask=is_inside, other=-float("inf"))
     weight = tl.load(numbers + 2 * R * COUNT + at, mask=is_inside, other=0.0)

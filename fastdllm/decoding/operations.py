@@ -1,7 +1,7 @@
 """The parts of a decode-time forward pass in plain torch: what `kernels` must equal, and what runs where Triton cannot.
 
 Both modules offer the same functions. A product may leave its result in several parts [P, R, N] that are still to be
-added up: whoever reads them next adds them on the way, with what else it does. A `fetch` is a hint, ignored here.
+added up: whoever reads them next adds them on the way, with what else it does.
 """
 
 from typing import NamedTuple
@@ -37,40 +37,23 @@ class HeadStatistics(NamedTuple):
     """In nats."""
 
 
-class Fetch(NamedTuple):
-    """What a kernel may bring into the L2 of weights that are read after it; no result depends on it.
-
-    A kernel that reads the weights in parts of K is to find the beginning of each part of each row there.
-    """
-
-    weight: Tensor
-    """[N, K] of a product."""
-    num_rows: int
-    """Of the first rows, which are those fetched."""
-    first_byte: int
-    """Of these rows' bytes in the order in which they are read; several kernels fetch one range after the other."""
-    end_byte: int
-
-
 def has_kernels_for(head_size: int) -> bool:
     """Whether Triton's kernels take heads of this size: 16, 32, 64, ..."""
     return head_size >= 16 and head_size & (head_size - 1) == 0
 
 
-def multiply(rows: Tensor, weight: Tensor, fetch: Fetch | None = None) -> Tensor:
+def multiply(rows: Tensor, weight: Tensor) -> Tensor:
     """Return rows [R, K] times weight [N, K] transposed, in parts [P, R, N] to be added up; here P is 1."""
     return F.linear(rows, weight)[None]
 
 
-def multiply_gated(rows: Tensor, weight: Tensor, fetch: Fetch | None = None) -> Tensor:
+def multiply_gated(rows: Tensor, weight: Tensor) -> Tensor:
     """Return SiLU(gate) * up, [R, N]; weight is [2N, K], the gate's rows first."""
     gate, up = F.linear(rows, weight).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def normalize(
-    hidden: Tensor, parts: Tensor | None, weight: Tensor, epsilon: float, fetch: Fetch | None = None
-) -> tuple[Tensor, Tensor]:
+def normalize(hidden: Tensor, parts: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return hidden [R, C] plus parts [P, R, C], if there are any, and its RMSNorm; both [R, C] in hidden's dtype."""
     if parts is not None:
         hidden = (hidden.float() + parts.float().sum(0)).to(hidden.dtype)
@@ -80,13 +63,7 @@ def normalize(
 
 
 def rotate_and_store(
-    parts: Tensor,
-    bias: Tensor,
-    angles: Tensor,
-    rows: PassRows,
-    keys: Tensor,
-    values: Tensor,
-    fetch: Fetch | None = None,
+    parts: Tensor, bias: Tensor, angles: Tensor, rows: PassRows, keys: Tensor, values: Tensor
 ) -> Tensor:
     """Return the turned queries [B, T, H, E]; write the turned keys, and the values, to their places.
 
@@ -107,9 +84,7 @@ def rotate_and_store(
     return turned[:, :, :-G]
 
 
-def attend_slots(
-    query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, limits: Tensor, fetch: Fetch | None = None
-) -> Tensor:
+def attend_slots(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, limits: Tensor) -> Tensor:
     """Return what each row of query [B, T, H, E] reads at the places below its limit, in its slot; zeros at limit 0.
 
     Args:

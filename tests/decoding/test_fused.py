@@ -6,7 +6,7 @@ from conftest import make_qwen
 from torch.testing import assert_close
 
 from fastdllm.decoding.cache import SlotCache
-from fastdllm.decoding.fused import FetchBytes, FusedForward
+from fastdllm.decoding.fused import FusedForward
 from fastdllm.decoding.operations import PassRows
 from fastdllm.decoding.reuse import LayerStore, ReuseConfig
 from fastdllm.model import BlockDiffusionLM
@@ -80,26 +80,6 @@ def test_the_models_weights_become_views_of_the_merged_ones_and_keep_their_value
     attention, mlp = model.qwen.model.layers[0].self_attn, model.qwen.model.layers[0].mlp
     for first, second in ((attention.q_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
         assert first.weight.untyped_storage().data_ptr() == second.weight.untyped_storage().data_ptr()
-
-
-def test_kernels_with_the_same_next_weights_fetch_one_range_after_the_other():
-    fused = FusedForward(
-        make_model(), fetch=FetchBytes(down=100, input_norm=10**9, attend=300, output=200, final_norm=8)
-    )
-    layer, next_layer = fused._layers
-    first, second, last = [
-        {name: (fetch.weight.data_ptr(), fetch.first_byte, fetch.end_byte) for name, fetch in fetches.items()}
-        for fetches in fused._fetches
-    ]
-    merged, head = [each.query_key_value for each in (layer, next_layer)], fused._head
-    assert first == {
-        "input_norm": (merged[0].data_ptr(), 0, merged[0].nbytes),
-        "attend": (layer.gate_up.data_ptr(), 0, 300),
-        "output": (layer.gate_up.data_ptr(), 300, 500),
-        "down": (merged[1].data_ptr(), 0, 100),
-    }
-    assert second["input_norm"] == (merged[1].data_ptr(), 100, merged[1].nbytes)
-    assert second["down"] == (head.data_ptr(), 0, 100) and last == {"final_norm": (head.data_ptr(), 100, 108)}
 
 
 def test_statistics_are_those_of_the_logits():

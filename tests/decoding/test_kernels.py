@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from decoding.test_fused import check_pass, make_cache, make_model, make_rows, run_both
 from fastdllm.decoding import operations
-from fastdllm.decoding.fused import FetchBytes, FusedForward
+from fastdllm.decoding.fused import FusedForward
 from fastdllm.decoding.operations import PassRows
 
 triton = pytest.importorskip("triton", reason="needs Triton, which comes with torch for GPUs")
@@ -45,8 +45,13 @@ def missing():
 
 
 MISSING = missing()
-# Sums in another order; and in bfloat16, whose last bit is 2^-8, a kernel rounds less often than plain torch does.
-TOLERANCE = {torch.float32: dict(atol=2e-5, rtol=2e-5), torch.bfloat16: dict(atol=4e-2, rtol=2e-2)}
+# Sums in another order; and in half precision, whose last bit is 2^-8 in bfloat16 and 2^-11 in float16, a kernel rounds
+# less often than plain torch does.
+TOLERANCE = {
+    torch.float32: dict(atol=2e-5, rtol=2e-5),
+    torch.bfloat16: dict(atol=4e-2, rtol=2e-2),
+    torch.float16: dict(atol=4e-2 / 8, rtol=2e-2 / 8),
+}
 DTYPES = list(TOLERANCE)
 
 
@@ -112,26 +117,8 @@ def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it():
 
 
 @kernels_on
-@pytest.mark.parametrize("sizes", [[100] * 9, [10**6] * 9, [0, 3000, 0, 5000, 0, 0, 900, 700, 10**6]])
-def test_what_is_fetched_changes_no_bit(sizes):
-    model = make_model(DEVICE).to(torch.bfloat16)
-    tiles = {
-        (16, 64, 64): Tiles(16, 16, 64, 1),
-        (16, 128, 64): Tiles(16, 32, 64, 1),
-        (16, 64, 96): Tiles(16, 16, 64, 2),
-    }
-    ways = [FusedForward(model, Kernels(tiles, settings=Settings(fetch_programs=3)), fetch=FetchBytes(*sizes))]
-    ways.append(FusedForward(model, Kernels(tiles)))
-    tokens, *rows = make_rows(2, 3, device=DEVICE)
-    caches = [make_cache(model) for _ in ways]
-    found = [fused(tokens, PassRows(*rows), cache) for fused, cache in zip(ways, caches, strict=True)]
-    assert torch.equal(*found)
-    assert torch.equal(*(cache.keys for cache in caches)) and torch.equal(*(cache.values for cache in caches))
-
-
-@kernels_on
 def test_small_kernels_cut_up_in_another_way_give_the_same_pass():
-    model, settings = make_model(DEVICE), Settings(8, 4, 16, 16, 64, 8, 3, 4)
+    model, settings = make_model(DEVICE), Settings(8, 4, 32, 16, 64, 8, 3)
     check_pass(model, FusedForward(model, Kernels(settings=settings)), 3, 8, atol=1e-4, rtol=1e-4)
 
 
@@ -246,11 +233,9 @@ def test_a_fused_pass_in_half_precision_is_as_near_to_float32_as_the_models():
 @kernels_on
 @pytest.mark.skipif(IS_INTERPRETED, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("overlap", overlaps())
-@pytest.mark.parametrize(("is_late", "size"), [(False, 0), (False, 10**6), (True, 10**6)])
-def test_a_captured_pass_repeats_an_eager_one_bit_for_bit(overlap, is_late, size):
+def test_a_captured_pass_repeats_an_eager_one_bit_for_bit(overlap):
     model = make_model(DEVICE).to(torch.bfloat16)
-    fused = FusedForward(model, Kernels(overlap=overlap, is_late=is_late), fetch=FetchBytes(*[size] * 9))
-    cache = make_cache(model)
+    fused, cache = FusedForward(model, Kernels(overlap=overlap)), make_cache(model)
     tokens, *rows = make_rows(2, 8, device=DEVICE)
 
     def run():
