@@ -150,13 +150,17 @@ class FusedForward:
 
 
 def default_kernels(device: torch.device) -> Operations | ModuleType:
-    """Return Triton's kernels for a GPU that Triton supports (Turing and newer), plain torch for anything else."""
+    """Return Triton's kernels for a GPU from Ampere on, plain torch for anything else.
+
+    Triton has no matrix products for older GPUs; the tiles measured on Hopper need more shared memory than others have.
+    """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if capability < (7, 5):
+    if capability < (8, 0):
         return operations
     from fastdllm.decoding.kernels import Kernels  # Triton comes with torch for GPUs alone
 
-    return Kernels(overlap=capability >= (9, 0))
+    is_hopper = capability[0] == 9
+    return Kernels(None if is_hopper else {}, overlap=is_hopper)
 
 
 def _fuse(layer: nn.Module) -> FusedLayer:
