@@ -30,6 +30,8 @@ class Answers(NamedTuple):
     passes: float
     decode_seconds: float | None = None
     first_token_seconds: float | None = None
+    layers_run: int | None = None
+    rows_run: int | None = None
 
 
 class AnswerCell:
@@ -38,7 +40,8 @@ class AnswerCell:
     def __init__(self, bench: Bench, cell: Cell, prompt_tokens: int, new_tokens: int, published: str):
         self.bench, self.cell, self.results = bench, replace(cell, context=prompt_tokens), []
         self.new_tokens, self.prompts = new_tokens, random_prompts(cell.batch_size, prompt_tokens)
-        self.engine = bench.engine(cell) if cell.engine.startswith("fastdllm") else None
+        is_ours = cell.kind == "reuse" or cell.engine.startswith("fastdllm")
+        self.engine = bench.engine(cell) if is_ours else None
         if cell.engine == "transformers_compiled":
             config = bench.model(cell.shape).qwen.config
             self.cache = StaticCache(config=config, max_cache_len=prompt_tokens + new_tokens)
@@ -70,6 +73,8 @@ class AnswerCell:
             passes=sum(answer.denoise_passes + answer.append_passes for answer in done) / len(done),
             decode_seconds=engine.decode_seconds - before_decode,
             first_token_seconds=engine.first_token_seconds,
+            layers_run=sum(answer.layers_run for answer in done),
+            rows_run=sum(answer.rows_run for answer in done),
         )
 
     def _run_transformers(self, new_tokens: int) -> Answers:
@@ -138,6 +143,8 @@ class AnswerCell:
             first_token_seconds=first,
             tokens=count,
             passes=passes,
+            layers_run=self.results[0].layers_run,
+            rows_run=self.results[0].rows_run,
             repeats=len(self.results),
             spread=spread([result.seconds for result in self.results]),
             capture_seconds=capture,

@@ -14,6 +14,7 @@ from transformers import Qwen2ForCausalLM
 
 from fastdllm.decoding.cache import cache_bytes_per_place
 from fastdllm.decoding.engine import DecodeConfig, Engine, Request
+from fastdllm.decoding.reuse import ReuseConfig
 from fastdllm.decoding.rows import Row
 from fastdllm.decoding.state import COUNTERS, NUMBERS, Phase
 from fastdllm.model import BlockDiffusionLM
@@ -21,11 +22,21 @@ from fastdllm.runtime import code_revision, device_name, get_optimal_dtype, libr
 
 PHASES = {"token": Phase.TOKEN, "sub_block": Phase.SUB_BLOCK, "full": Phase.FULL, "append": Phase.APPEND}
 BLOCK_SIZE, SUB_BLOCK_SIZE = 32, 8
+REUSES = {
+    "none": ReuseConfig(),
+    "output_k2": ReuseConfig(reuse_k=2),
+    "output_k3": ReuseConfig(reuse_k=3),
+    "delta_k2": ReuseConfig(reuse_k=2, reuse_mode="delta", subset="middle"),
+    "delta_k3": ReuseConfig(reuse_k=3, reuse_mode="delta", subset="middle"),
+    "attn_k2": ReuseConfig(reuse_k=2, reuse_mode="attn", subset="middle"),
+    "adaptive": ReuseConfig(schedule="adaptive", budget=0.3, reuse_mode="delta", subset="middle"),
+    "trim": ReuseConfig(active_rows="needed"),
+}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured; rows are those of one slot in one pass, 0 for answers."""
+    """What is measured; rows are those of one slot in one pass, 0 for answers; of kind reuse, engine is the way."""
 
     shape: str
     kind: str
@@ -35,9 +46,14 @@ class Cell:
     context: int
 
     @property
+    def has_answers(self) -> bool:
+        """Whether whole answers are measured, and not a pass."""
+        return self.kind in ("answers", "reuse")
+
+    @property
     def name(self) -> str:
-        if self.kind == "answers":
-            return f"{self.shape}/answers/{self.engine}/b{self.batch_size}"
+        if self.has_answers:
+            return f"{self.shape}/{self.kind}/{self.engine}/b{self.batch_size}"
         return f"{self.shape}/{self.kind}/{self.rows}x{self.batch_size}/c{self.context}"
 
 
@@ -149,13 +165,14 @@ class Bench:
         return time.perf_counter() - self.started + seconds < self.seconds
 
     def engine(self, cell: Cell) -> TimedEngine:
-        is_diffusion = cell.engine == "fastdllm"
+        is_diffusion = cell.engine == "fastdllm" or cell.kind == "reuse"
         model = self.model(cell.shape, cell.rows if cell.rows > BLOCK_SIZE else BLOCK_SIZE)
         engine = TimedEngine(
             model,
             NoTokenizer(),
             mode="diffusion" if is_diffusion else "ar",
             decode=DecodeConfig(policy="fixed", sub_block_size=SUB_BLOCK_SIZE),
+            reuse=REUSES[cell.engine] if cell.kind == "reuse" else None,
             batch_size=cell.batch_size,
             is_graphed=self.config["graphs"] and self.device.type == "cuda",
             is_fused=self.config["fused"] and self.device.type == "cuda",

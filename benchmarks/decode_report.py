@@ -18,7 +18,7 @@ ROW_FIELDS = (
     *("bandwidth_fraction_of_read", "tokens_per_forward", "tokens_per_second", "tokens_per_second_decode"),
     *("first_token_seconds", "tokens", "passes", "peak_memory_gb", "repeats", "spread", "capture_seconds"),
     *("warmup_seconds", "copy_bytes_per_second", "read_bytes_per_second", "device", "revision", "is_dirty"),
-    *("versions", "config"),
+    *("versions", "config", "layers_run", "rows_run"),
 )
 PASS_COLUMNS = {  # field -> heading and form
     **{"shape": ("shape", ""), "kind": ("pass", ""), "rows": ("rows", ""), "batch_size": ("batch", "")},
@@ -58,14 +58,35 @@ def write_row(folder: str | Path, row: Row) -> None:
 
 def read_rows(folder: Path) -> list[Row]:
     """Return the rows of a folder by shape, kind, engine, rows, batch and context."""
-    rows = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    rows = [make_row(**json.loads(path.read_text())) for path in folder.glob("*.json")]
     order = ("shape", "kind", "engine", "rows", "batch_size", "context")
     return sorted(rows, key=lambda row: [row[name] for name in order])
 
 
 def split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Return the rows of passes and those of answers."""
-    return [row for row in rows if row["kind"] != "answers"], [row for row in rows if row["kind"] == "answers"]
+    """Return the rows of passes and those of answers; those of reuse are neither."""
+    answers = [row for row in rows if row["kind"] == "answers"]
+    return [row for row in rows if row["kind"] not in ("answers", "reuse")], answers
+
+
+def reuse_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Return heading and lines for the rows of reuse, each against `none` of its shape and batch.
+
+    Bounds: by layers, what a machine could gain that only reads weights; by rows, one that computes at a constant rate.
+    Both leave out the LM head.
+    """
+    plain = {(row["shape"], row["batch_size"]): row for row in rows if row["engine"] == "none"}
+    lines = [["shape", "reuse", "batch", "tokens/s", "spread", "gain", "bound by layers", "bound by rows"]]
+    for row in rows:
+        none = plain.get((row["shape"], row["batch_size"]))
+        ratios = ["-"] * 3
+        if none is not None:
+            gain = row["tokens_per_second"] / none["tokens_per_second"]
+            bounds = [none[name] / none["tokens"] / row[name] * row["tokens"] for name in ("layers_run", "rows_run")]
+            ratios = [f"{ratio:.2f}" for ratio in (gain, *bounds)]
+        facts = [row["shape"], row["engine"], str(row["batch_size"]), f"{row['tokens_per_second']:,.0f}"]
+        lines.append([*facts, f"{row['spread']:.1%}", *ratios])
+    return lines
 
 
 def table(rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> list[list[str]]:
@@ -77,12 +98,18 @@ def table(rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> list[list
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Print passes and answers as two tables of aligned columns."""
-    for part, columns in zip(split(rows), (PASS_COLUMNS, ANSWER_COLUMNS), strict=True):
-        lines = table(part, columns) if part else []
+    """Print passes, answers and reuse as tables of aligned columns."""
+    for lines in tables(rows):
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:
             print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+
+
+def tables(rows: Sequence[Row]) -> list[list[list[str]]]:
+    """Return the tables of those kinds of cells that there are."""
+    parts = zip(split(rows), (PASS_COLUMNS, ANSWER_COLUMNS), strict=True)
+    reused = [row for row in rows if row["kind"] == "reuse"]
+    return [table(part, columns) for part, columns in parts if part] + ([reuse_table(reused)] if reused else [])
 
 
 def write_report(folder: Path) -> None:
@@ -97,10 +124,8 @@ def write_report(folder: Path) -> None:
     path = folder.parent / "results.md"
     before = path.read_text() if path.exists() else RESULTS
     parts = [caption(rows)]
-    for part, columns in zip(split(rows), (PASS_COLUMNS, ANSWER_COLUMNS), strict=True):
-        if part:
-            head, *lines = table(part, columns)
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)))
+    for head, *lines in tables(rows):
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)))
     if split(rows)[1]:
         draw_batches(split(rows)[1], folder.parent / "batches.png")
         parts.append("![tokens a second against batch](batches.png)")

@@ -10,6 +10,7 @@ Random weights of real shapes, random prompts. A cell is one of
                                      the host's part of the pass included, the host's reading of its result not
     SHAPE/answers/ENGINE/bBATCH      whole answers of a fixed length. Denoising steps reveal what `trace` says, so that
                                      engines are compared at equal tokens per forward (see replay.py)
+    SHAPE/reuse/WAY/bBATCH           the same of our engine with layers or rows reused; not in the default set
 Engines: `fastdllm`, `fastdllm_ar`, `transformers` (its own `generate`), `transformers_compiled` (static cache,
 torch.compile) and, with its FOLDER, `published` (**which runs the code in it**, as check_published.py does).
 
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from decode_answers import AnswerCell  # beside this file
-from decode_bench import BLOCK_SIZE, SUB_BLOCK_SIZE, Bench, Cell, spread
+from decode_bench import BLOCK_SIZE, REUSES, SUB_BLOCK_SIZE, Bench, Cell, spread
 from decode_report import print_rows, write_report, write_row
 from kernel_table import print_kernels
 from replay import check_trace
@@ -86,7 +87,7 @@ class SpeedConfig:
                 f"prompt_tokens and new_tokens must be whole blocks of {BLOCK_SIZE}, which the trace fills, got "
                 f"{self.prompt_tokens} and {self.new_tokens}."
             )
-        answers = [cell.name for cell in chosen_cells(self) if cell.kind == "answers"]
+        answers = [cell.name for cell in chosen_cells(self) if cell.has_answers]
         if self.profile and answers:
             raise ValueError(f"only passes can be profiled, not {answers[0]}; choose cells such as '*/full/32x1/*'.")
 
@@ -135,12 +136,13 @@ def all_cells(shape: str) -> list[Cell]:
         for context in CONTEXTS
         if rows * batch_size <= MOST_ROWS
     ]
-    return passes + [Cell(shape, "answers", engine, 0, size, 0) for engine in ENGINES for size in BATCH_SIZES]
+    answers = [Cell(shape, "answers", engine, 0, size, 0) for engine in ENGINES for size in BATCH_SIZES]
+    return passes + answers + [Cell(shape, "reuse", way, 0, size, 0) for way in REUSES for size in BATCH_SIZES]
 
 
 def is_default(cell: Cell, published: str) -> bool:
     """Whether the default set has the cell: what is slow and changes little from batch to batch is there but once."""
-    if cell.shape == "tiny":
+    if cell.shape == "tiny" or cell.kind == "reuse":
         return False
     if cell.kind != "answers":
         is_usual = cell.kind != "append" and cell.rows <= BLOCK_SIZE
@@ -169,7 +171,7 @@ def measure(config: SpeedConfig) -> None:
     if config.report:
         return write_report(Path(config.output))
     cells = chosen_cells(config)
-    passes, answers = ([cell for cell in cells if (cell.kind == "answers") == flag] for flag in (False, True))
+    passes, answers = ([cell for cell in cells if cell.has_answers == flag] for flag in (False, True))
     torch.set_float32_matmul_precision("high")
     bench, rows = Bench(config.trace, 60 * config.minutes, asdict(config)), {}
     kept_free = ANSWERS_SHARE * 60 * config.minutes if answers else 0.0

@@ -84,6 +84,20 @@ def test_rows_hold_their_fields_and_make_a_report(load, tmp_path, capsys):
     assert json.loads((tmp_path / "rows/tiny-token-1x1-c128.json").read_text())["engine"] == "fastdllm_ar"
 
 
+def test_cells_of_reuse_stand_beside_their_bounds(load, tmp_path, capsys):
+    speed, report = load("decode_speed"), load("decode_report")
+    options = dict(repeats=1, prompt_tokens=32, new_tokens=64, output=str(tmp_path / "rows"))
+    speed.measure(speed.SpeedConfig(cells=["tiny/reuse/*/b1"], **options))
+    rows = {row["engine"]: row for row in report.read_rows(tmp_path / "rows")}
+    assert rows.keys() == load("decode_bench").REUSES.keys() and len({row["tokens"] for row in rows.values()}) == 1
+    head, *lines = report.reuse_table(list(rows.values()))
+    bounds = {line[1]: [float(number) for number in line[-2:]] for line in lines}
+    assert bounds["none"] == [1, 1] and bounds["attn_k2"][0] == 1
+    assert bounds["output_k3"][0] > bounds["output_k2"][0] > bounds["delta_k2"][0] > 1
+    assert bounds["trim"][1] > 1 == bounds["trim"][0]
+    assert "bound by rows" in capsys.readouterr().out
+
+
 def test_the_crossover_lies_between_the_batches_where_the_order_changes(load):
     crossover = load("decode_report").crossover
     assert crossover({1: 200.0, 16: 400.0}, {1: 100.0, 16: 800.0}) == pytest.approx(4)
