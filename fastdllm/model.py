@@ -17,6 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, rotate_h
 
 from fastdllm.masks import ContextAttention
 
+Recompute = Literal["none", "selective", "full"]
 ATTENTION_NAME = "fastdllm"
 # FlexAttention's tiles by head size, where its own choice is not the fastest: at 64 (0.5B, 8 x 6,144 rows, one H100)
 # 0.74 and 2.09 ms forward and backward against 1.03 and 2.33 ms. At 128 nothing tried was faster.
@@ -72,7 +73,7 @@ class BlockDiffusionLM(nn.Module):
         self.mask_token_id = mask_token_id
         self.context_attention = context_attention
         self.num_layers = qwen.config.num_hidden_layers
-        self.run_layer, self.run_last_layer = run_layer, run_last_layer  # training may put compiled forms here
+        self.run_last_layer = run_last_layer  # training puts its form here
         self.layer_calls = 0  # layers really run since construction; reuse that skips nothing would show here
         AttentionInterface.register(ATTENTION_NAME, _attention)
         qwen.set_attn_implementation(ATTENTION_NAME)
@@ -134,13 +135,24 @@ class BlockDiffusionLM(nn.Module):
             if chosen is not None and index == self.num_layers - 1:
                 hidden = self.run_last_layer(layer, hidden, rotary, chosen)
             else:
-                hidden = self.run_layer(layer, hidden, attention_mask, rotary, cache)
+                hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=cache)
             self.layer_calls += 1
         return hidden
 
     def _mlp_branch(self, layer: Qwen2DecoderLayer, hidden: Tensor) -> Tensor:
         self.layer_calls += 1
         return layer.mlp(layer.post_attention_layernorm(hidden))
+
+    def use_training_form(self, recompute: Recompute, is_compiled: bool) -> None:
+        """Run all layers in their form for training (`training_form`) from now on.
+
+        A whole layer takes it inside its call, not around it. FSDP2 and ZeRO-3 gather a layer's weights in hooks of its
+        call; a hook breaks a graph, and a checkpoint with a break in it runs uncompiled, without a word.
+        """
+        form = training_form(Qwen2DecoderLayer.forward, recompute, is_compiled)  # one, so that all share its graph
+        for layer in self.qwen.model.layers:
+            layer.forward = partial(form, layer)
+        self.run_last_layer = training_form(run_last_layer, recompute, is_compiled)
 
     def norm(self, hidden: Tensor) -> Tensor:
         """Return the hidden states after the final norm, in the dtype of the last layer's output."""
@@ -151,17 +163,6 @@ class BlockDiffusionLM(nn.Module):
         logits = self.qwen.lm_head(hidden).float()
         logits[..., self.mask_token_id] = -torch.inf
         return logits
-
-
-def run_layer(
-    layer: Qwen2DecoderLayer,
-    hidden: Tensor,
-    attention_mask: Tensor | BlockMask,
-    rotary: tuple[Tensor, Tensor],
-    cache: Cache | None,
-) -> Tensor:
-    """Return the layer's output [B, T, C]."""
-    return layer(hidden, attention_mask=attention_mask, position_embeddings=rotary, past_key_values=cache)
 
 
 def _attention_branch(layer: Qwen2DecoderLayer, attention_mask, rotary, cache: Cache | None, hidden: Tensor) -> Tensor:
@@ -203,11 +204,8 @@ def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return heads * cosine[:, None] + rotate_half(heads) * sine[:, None]
 
 
-Recompute = Literal["none", "selective", "full"]
-
-
 def training_form(function: Callable, recompute: Recompute, is_compiled: bool) -> Callable:
-    """Return `run_layer` or `run_last_layer` in the form for training.
+    """Return a layer's forward pass, or `run_last_layer`, in the form for training.
 
     Args:
         recompute: what the backward pass works out again instead of keeping it: nothing, all but the outputs of matrix
@@ -215,8 +213,8 @@ def training_form(function: Callable, recompute: Recompute, is_compiled: bool) -
     """
     options = {"context_fn": _selective_contexts} if recompute == "selective" else {}
 
-    def checkpointed(*arguments):
-        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+    def checkpointed(*arguments, **named):
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, **options, **named)
 
     form = function if recompute == "none" else checkpointed
     return torch.compile(form, dynamic=False) if is_compiled else form

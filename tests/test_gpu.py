@@ -10,7 +10,7 @@ from fastdllm import objective
 from fastdllm.decoding.engine import DecodeConfig, Engine, Request
 from fastdllm.decoding.policies import DEFAULT_THRESHOLD
 from fastdllm.decoding.reuse import ReuseConfig
-from fastdllm.model import BlockDiffusionLM, training_form
+from fastdllm.model import BlockDiffusionLM
 from fastdllm.objective import ObjectiveConfig
 from fastdllm.training.module import TrainingPass
 
@@ -51,8 +51,7 @@ OBJECTIVES = [
 def test_compiled_flex_training_equals_dense_training_without_recompiling(config, recompute):
     cpu, gpu = (make_scoring(config) for _ in range(2))
     gpu.cuda()
-    gpu.model.run_layer = training_form(gpu.model.run_layer, recompute, is_compiled=True)
-    gpu.model.run_last_layer = training_form(gpu.model.run_last_layer, recompute, is_compiled=True)
+    gpu.model.use_training_form(recompute, is_compiled=True)
     counters = torch._dynamo.utils.counters["stats"]
     for seed in range(4):
         if seed == 2:

@@ -7,15 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdllm.model import (
-    BlockDiffusionLM,
-    ChosenRows,
-    PassSize,
-    forward_flops,
-    run_last_layer,
-    run_layer,
-    training_form,
-)
+from fastdllm.model import BlockDiffusionLM, ChosenRows, PassSize, forward_flops
 
 
 def make_model():
@@ -49,8 +41,7 @@ def test_recomputed_layers_give_the_same_gradients(recompute):
     *inputs, chosen = make_inputs()
     weights = list(model.parameters())
     expected = torch.autograd.grad(model.hidden_states(*inputs, chosen=chosen).square().sum(), weights)
-    model.run_layer = training_form(run_layer, recompute, is_compiled=False)
-    model.run_last_layer = training_form(run_last_layer, recompute, is_compiled=False)
+    model.use_training_form(recompute, is_compiled=False)
     ours = torch.autograd.grad(model.hidden_states(*inputs, chosen=chosen).square().sum(), weights)
     for gradient, other in zip(ours, expected, strict=True):
         assert_close(gradient, other, rtol=0, atol=0)

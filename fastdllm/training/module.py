@@ -18,7 +18,7 @@ from fastdllm.masks import (
     dense_attention_mask,
     training_attention,
 )
-from fastdllm.model import BlockDiffusionLM, ChosenRows, PassSize, Recompute, forward_flops, training_form
+from fastdllm.model import BlockDiffusionLM, ChosenRows, PassSize, Recompute, forward_flops
 from fastdllm.objective import (
     ObjectiveConfig,
     Targets,
@@ -29,7 +29,7 @@ from fastdllm.objective import (
     token_losses,
 )
 from fastdllm.training.lora import frozen_checksum
-from fastdllm.training.strategies import clip_gradients, shard
+from fastdllm.training.strategies import clip_gradients, gather_whole_layers, shard
 
 NUM_NOISE_BINS = 10
 NEXT_TOKEN_BIN = NUM_NOISE_BINS  # targets of the autoregressive loss have no noise level
@@ -256,14 +256,14 @@ class AdaptModule(LightningModule):
         return self.scoring.model
 
     def configure_model(self) -> None:
-        """Compile the layers in place and, for FSDP2, shard them; Lightning may call this twice."""
+        """Give the layers their training form and have the strategy shard them; Lightning may call this twice."""
         if self._is_configured:
             return
         self._is_configured = True
         torch._dynamo.config.optimize_ddp = False  # it would cut the layers' graphs at the buckets of DDP
         model, layers = self.model, self.model.qwen.model.layers
-        model.run_layer = training_form(model.run_layer, self.recompute, self.compile_layers)
-        model.run_last_layer = training_form(model.run_last_layer, self.recompute, self.compile_layers)
+        model.use_training_form(self.recompute, self.compile_layers)
+        gather_whole_layers(self.trainer.strategy, layers)
         if self.device_mesh is not None:
             shard(self.scoring, layers, self.device_mesh, self.compute_dtype)
 

@@ -145,6 +145,18 @@ def shard(root: nn.Module, layers: nn.ModuleList, mesh: Any, compute_dtype: torc
     assert not whole, f"not sharded: {whole[:3]}"
 
 
+def gather_whole_layers(strategy: Strategy, layers: nn.ModuleList) -> None:
+    """Have ZeRO-3 gather a layer's weights before its call, all at once, as FSDP2 does; others: do nothing.
+
+    By itself it hooks every submodule, and no layer compiles: see `BlockDiffusionLM.use_training_form`.
+    """
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+        from deepspeed.utils import set_z3_leaf_module
+
+        for layer in layers[:-1]:  # the last layer's submodules are called one by one, as in `shard`
+            set_z3_leaf_module(layer, True)
+
+
 def clip_gradients(module: LightningModule, optimizer: Optimizer, largest_norm: float) -> Tensor | None:
     """Have the gradients scaled down to a global norm of `largest_norm`; return the norm before, float32 [].
 
