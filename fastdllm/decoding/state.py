@@ -56,6 +56,7 @@ NUMBERS = (
     "seed",
     "draws",  # steps that have drawn random numbers
 )
+REPORT_HEAD = 3 + len(COUNTERS)  # numbers of a slot in a report, before its last final tokens
 
 
 class SlotNumbers:
@@ -108,7 +109,7 @@ class SlotState:
         self.numbers[slots] = torch.stack([getattr(at, name) for name in NUMBERS + COUNTERS], dim=1)
 
     def report(self, tail: int) -> Tensor:
-        """Return what the host follows, [num_slots, 3 + COUNTERS + tail].
+        """Return what the host follows, [num_slots, REPORT_HEAD + tail].
 
         Phase, final, active rows, counts, last final tokens.
         """
