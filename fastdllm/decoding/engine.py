@@ -406,15 +406,16 @@ class Engine:
         report, is_there = answer
         if is_there is not None:
             is_there.synchronize()
-        report, moved, size = report.numpy(), [], self.model.block_size
+        report, moved, size = report.numpy(), [], 1 if self.mode == "ar" else self.model.block_size
         heads, tails = report[:, :REPORT_HEAD].tolist(), report[:, REPORT_HEAD:]
         for row in rows:
             phase, final, row.num_active, *counts = heads[row.slot]
             before = len(row.tokens)
-            phase = row.phase if phase == Phase.PREFILL else phase  # the host knows better where it is ahead
+            if phase == Phase.PREFILL:
+                phase = row.phase  # the host knows better where it is ahead
+            else:
+                row.start = max(row.start, (final - 1) // size * size)
             row.follow(phase, final, counts, tails[row.slot], self.tokenizer)
-            if phase != Phase.PREFILL:
-                row.start = max(row.start, final - 1 if self.mode == "ar" else (final - 1) // size * size)
             if row.is_finished or len(row.tokens) > before:
                 moved.append(row)
         return moved

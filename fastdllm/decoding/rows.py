@@ -1,6 +1,7 @@
 """A request, its answer, and how the host follows it on its way through the engine."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -85,12 +86,16 @@ class Row:
         self.phase, self.counts = phase, counts
         self.is_finished = phase == Phase.IDLE or self._has_stop_string(tokenizer)
 
+    @cached_property
+    def _longest_stop(self) -> int:
+        """Tokens that the longest stop string can be: each holds a byte or more."""
+        return max(len(stop.encode()) for stop in self.request.stop_strings)
+
     def _has_stop_string(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         stop_strings, searched = self.request.stop_strings, self.searched_tokens
         if not stop_strings or len(self.tokens) == searched:
             return False
-        longest = max(len(stop.encode()) for stop in stop_strings)  # a token holds a byte or more
-        text = tokenizer.decode(self.tokens[max(0, searched - longest) :], skip_special_tokens=False)
+        text = tokenizer.decode(self.tokens[max(0, searched - self._longest_stop) :], skip_special_tokens=False)
         self.searched_tokens = len(self.tokens)
         return any(stop in text for stop in stop_strings)
 
