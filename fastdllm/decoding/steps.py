@@ -8,7 +8,6 @@ on a phase or on a place in the block alone is looked up in a table that is made
 """
 
 from collections.abc import Iterable
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,11 +18,9 @@ from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.operations import PassRows
 from fastdllm.decoding.policies import POLICIES, Proposals
 from fastdllm.decoding.reuse import GatedStore, LayerStore, ReuseConfig, make_store, needed_rows
-from fastdllm.decoding.state import COUNTERS, NUMBERS, Phase, SlotNumbers, SlotState, uniform_draws
+from fastdllm.decoding.state import Phase, SlotNumbers, SlotState, uniform_draws
+from fastdllm.decoding.tables import DENOISED, FUSED, block_changes, block_roles, by_name, next_steps
 from fastdllm.model import BlockDiffusionLM
-
-FUSED = len(Phase)  # beside the phases: an append that was the next block's first denoising step too
-DENOISED = dict(denoise_passes=1, step=1, draws=1)  # what each denoising step counts
 
 
 class Steps:
@@ -402,7 +399,7 @@ class Steps:
         """Return the numbers as they were taken, with the amounts added."""
         key = tuple(amounts.items())
         if key not in self._amounts:
-            self._amounts[key] = _by_name(amounts).to(self.model.device)
+            self._amounts[key] = by_name(amounts).to(self.model.device)
         return SlotNumbers(at.taken + self._amounts[key])
 
     def _number(self, value: int) -> Tensor:
@@ -420,61 +417,3 @@ class Steps:
 def _take(hidden: Tensor, rows: Tensor) -> Tensor:
     """Return the rows [B, S] of `hidden` [B, T, C]: [B, S, C]."""
     return hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
-
-
-def _by_name(amounts: dict[str, int], others: int = 0) -> Tensor:
-    """Return the amounts in the order of a slot's numbers."""
-    return torch.tensor([amounts.get(name, others) for name in NUMBERS + COUNTERS])
-
-
-def block_roles(is_universal: bool) -> Tensor:
-    """Return what a pass over whole blocks is to a slot, by its phase, [phases, 4] bool.
-
-    An append, a full denoising step, any denoising step, anything at all.
-    """
-    denoised = (Phase.FULL, Phase.SUB_BLOCK) if is_universal else (Phase.FULL,)
-    rows = [(phase == Phase.APPEND, phase == Phase.FULL, phase in denoised) for phase in Phase]
-    return torch.tensor([(*row, any(row)) for row in rows])
-
-
-def block_changes(num_layers: int, block_size: int, width: int) -> Tensor:
-    """Return how a pass over whole blocks, of `width` rows each, changes the numbers of a slot, by its phase or FUSED.
-
-    Returns: [phases + 1, 2, numbers] int64: what the number is multiplied with, 0 or 1, and what is then added.
-    """
-    run = dict(layers_run=num_layers, rows_run=num_layers * width)
-    append, full = dict(run, append_passes=1, start=block_size), dict(DENOISED, full_passes=1, has_cache=1)
-    begun = dict(step=0, offset=0, has_cache=0)
-    changes = {
-        Phase.APPEND: (begun, append),
-        Phase.FULL: (dict(has_cache=0), run | full),
-        Phase.SUB_BLOCK: ({}, run | DENOISED),
-        FUSED: (begun, append | full),
-    }
-    rows = [changes.get(phase, ({}, {})) for phase in (*Phase, FUSED)]
-    return torch.stack([torch.stack([_by_name(kept, others=1), _by_name(added)]) for kept, added in rows])
-
-
-def next_steps(block_size: int, decode: DecodeConfig, reuse: ReuseConfig) -> Tensor:
-    """Return what comes after a block whose first masked place is known, [2, 2, D + 1, 2] int64: phase, offset.
-
-    By whether the block has its own keys and values, whether the reused layers are not to be refreshed, and that place,
-    D if there is none.
-    """
-    size = decode.sub_block_size
-
-    def phase(has_cache: int, is_reused: int, first: int) -> Phase:
-        if first == block_size:
-            return Phase.APPEND
-        # only a full pass gives a sub-block's first token
-        if not decode.use_block_cache or not has_cache or first % size == 0:
-            return Phase.FULL
-        if is_reused:
-            return Phase.REUSE
-        return Phase.PROBE if reuse.is_adaptive else Phase.SUB_BLOCK
-
-    steps = [
-        (phase(has_cache, is_reused, first), min(first // size * size, block_size - size))
-        for has_cache, is_reused, first in product((0, 1), (0, 1), range(block_size + 1))
-    ]
-    return torch.tensor(steps).view(2, 2, block_size + 1, 2)
