@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdllm.decoding.policies import Fixed, Proposals
-from fastdllm.decoding.state import COUNTERS, SlotNumbers
+from fastdllm.decoding.state import SlotNumbers
 from fastdllm.decoding.steps import Steps
-
-DENOISE_PASSES = COUNTERS.index("denoise_passes")
 
 
 class InOrder(Fixed):
@@ -34,7 +32,7 @@ def replaying(trace: list[int]) -> type[Steps]:
             self.trace = torch.tensor(trace, dtype=torch.float32, device=self.model.device)
 
         def _parameter(self, slots: Tensor, at: SlotNumbers) -> Tensor:
-            return self.trace[(at.counts[:, DENOISE_PASSES] - 1) % len(trace)]  # this step is counted already
+            return self.trace[(at.denoise_passes - 1) % len(trace)]  # this step is counted already
 
     return ReplayedSteps
 

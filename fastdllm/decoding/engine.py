@@ -23,7 +23,7 @@ from fastdllm.decoding.operations import has_kernels_for
 from fastdllm.decoding.policies import check_parameter
 from fastdllm.decoding.reuse import ReuseConfig, row_bucket
 from fastdllm.decoding.rows import Completion, Request, Row
-from fastdllm.decoding.state import COUNTERS, Phase, SlotState, to_device
+from fastdllm.decoding.state import REPORT_HEAD, Phase, SlotState, to_device
 from fastdllm.decoding.steps import Steps
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.runtime import memory_bytes
@@ -95,7 +95,7 @@ class Engine:
         """Whether a run has begun and not ended."""
         self.state: SlotState | None = None
         self._prefill_events: list[tuple] = []
-        self._passes: dict[str, GraphedPass] = {}
+        self._passes: dict[tuple, GraphedPass] = {}
         self._check()
 
     @property
@@ -380,7 +380,7 @@ class Engine:
 
     def _prepared(self, rows: list[Row], run: Callable, **options: int) -> Callable[[], Tensor | None]:
         """Return a pass over the rows that has been recorded, if passes are, and is still to be run."""
-        name = f"{run.__name__} {options}"
+        name = (run.__name__, *options.items())
         if name not in self._passes:
             self._passes[name] = GraphedPass(partial(run, **options), self.state.spare, self.model.device, self._pool)
         graphed, slots = self._passes[name], [row.slot for row in rows]
@@ -406,14 +406,16 @@ class Engine:
         report, is_there = answer
         if is_there is not None:
             is_there.synchronize()
-        reports, moved, size = report.tolist(), [], self.model.block_size
+        report, moved, size = report.numpy(), [], 1 if self.mode == "ar" else self.model.block_size
+        heads, tails = report[:, :REPORT_HEAD].tolist(), report[:, REPORT_HEAD:]
         for row in rows:
-            phase, final, row.num_active, *rest = reports[row.slot]
+            phase, final, row.num_active, *counts = heads[row.slot]
             before = len(row.tokens)
-            phase = row.phase if phase == Phase.PREFILL else phase  # the host knows better where it is ahead
-            row.follow(phase, final, rest[: len(COUNTERS)], rest[len(COUNTERS) :], self.tokenizer)
-            if phase != Phase.PREFILL:
-                row.start = max(row.start, final - 1 if self.mode == "ar" else (final - 1) // size * size)
+            if phase == Phase.PREFILL:
+                phase = row.phase  # the host knows better where it is ahead
+            else:
+                row.start = max(row.start, (final - 1) // size * size)
+            row.follow(phase, final, counts, tails[row.slot], self.tokenizer)
             if row.is_finished or len(row.tokens) > before:
                 moved.append(row)
         return moved

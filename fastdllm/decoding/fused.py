@@ -206,4 +206,5 @@ class FusedPasses(PlainForward):
         best, *numbers = (x.view(hidden.shape[:-1]) for x in self.fused.statistics(hidden.flatten(0, 1)))
         best_logit, log_sum_exp, second_logit, entropy = numbers
         confidence = (best_logit - log_sum_exp).exp()
-        return Proposals(best, confidence, confidence - (second_logit - log_sum_exp).exp(), entropy), best
+        margin = confidence - (second_logit - log_sum_exp).exp() if "margin" in needs else None
+        return Proposals(best, confidence, margin, entropy), best

@@ -95,8 +95,8 @@ def accept_by_threshold(confidence: Tensor, is_candidate: Tensor, threshold: flo
         [B, S] bool; a row without candidates accepts nothing.
     Source: method.md 3.2.
     """
-    confidence = confidence.masked_fill(~is_candidate, -torch.inf)
-    best = torch.zeros_like(is_candidate).scatter(-1, confidence.argmax(-1, keepdim=True), True)  # the first, if equal
+    confidence = torch.where(is_candidate, confidence, -torch.inf)
+    best = torch.zeros_like(is_candidate).scatter_(-1, confidence.argmax(-1, keepdim=True), True)  # the first, if equal
     return is_candidate & (best | (confidence > threshold))
 
 

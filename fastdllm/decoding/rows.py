@@ -1,7 +1,9 @@
 """A request, its answer, and how the host follows it on its way through the engine."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastdllm.decoding.state import COUNTERS, Phase
@@ -55,7 +57,7 @@ class Completion:
     """Rows computed, each counted once for every layer that it ran through, over all passes; None: not counted."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One request as the host follows it: where it runs, its final tokens so far, and what the device counted."""
 
@@ -69,27 +71,31 @@ class Row:
     prefilled: int = 0  # places of the prompt that were read, or are about to be
     tokens: list[int] = field(default_factory=list)  # new tokens that nothing can change any more
     searched_tokens: int = 0  # new tokens already searched for stop strings
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: list[int] = field(default_factory=list)  # COUNTERS
     is_finished: bool = False
 
     @property
     def limit(self) -> int:
         return len(self.request.prompt) + self.request.max_new_tokens
 
-    def follow(self, phase: int, final: int, counts: list[int], tail: list[int], tokenizer: PreTrainedTokenizerBase):
+    def follow(self, phase: int, final: int, counts: list[int], tail: np.ndarray, tokenizer: PreTrainedTokenizerBase):
         """Take in what the device reported: `tail` are the tokens before the place `final`."""
         fresh = final - len(self.request.prompt) - len(self.tokens)
         assert fresh <= len(tail), "the host lost tokens: it follows the device too rarely"
-        self.tokens += tail[len(tail) - fresh :] if fresh > 0 else []
-        self.phase, self.counts = phase, dict(zip(COUNTERS, counts, strict=True))
+        self.tokens += tail[len(tail) - fresh :].tolist() if fresh > 0 else []
+        self.phase, self.counts = phase, counts
         self.is_finished = phase == Phase.IDLE or self._has_stop_string(tokenizer)
+
+    @cached_property
+    def _longest_stop(self) -> int:
+        """Tokens that the longest stop string can be: each holds a byte or more."""
+        return max(len(stop.encode()) for stop in self.request.stop_strings)
 
     def _has_stop_string(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         stop_strings, searched = self.request.stop_strings, self.searched_tokens
         if not stop_strings or len(self.tokens) == searched:
             return False
-        longest = max(len(stop.encode()) for stop in stop_strings)  # a token holds a byte or more
-        text = tokenizer.decode(self.tokens[max(0, searched - longest) :], skip_special_tokens=False)
+        text = tokenizer.decode(self.tokens[max(0, searched - self._longest_stop) :], skip_special_tokens=False)
         self.searched_tokens = len(self.tokens)
         return any(stop in text for stop in stop_strings)
 
@@ -98,6 +104,5 @@ class Row:
         text = tokenizer.decode(kept, skip_special_tokens=False)
         for stop in self.request.stop_strings:
             text = text.split(stop, 1)[0]
-        return Completion(
-            index=self.index, tokens=self.tokens, text=text, counted_tokens=len(self.tokens), **self.counts
-        )
+        counts = dict(zip(COUNTERS, self.counts, strict=True))
+        return Completion(index=self.index, tokens=self.tokens, text=text, counted_tokens=len(self.tokens), **counts)

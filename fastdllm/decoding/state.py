@@ -5,7 +5,6 @@ sequence of kernels at each step and needs no answer from the host.
 """
 
 from enum import IntEnum
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -57,21 +56,30 @@ NUMBERS = (
     "seed",
     "draws",  # steps that have drawn random numbers
 )
+REPORT_HEAD = 3 + len(COUNTERS)  # numbers of a slot in a report, before its last final tokens
 
 
-class SlotNumbers(SimpleNamespace):
-    """A pass's own copy of the NUMBERS of some slots, [B] int64 each, and of their `counts`, [B, COUNTERS]."""
+class SlotNumbers:
+    """A pass's own copy of the NUMBERS and COUNTERS of some slots: each by its name, [B] int64, to be replaced."""
+
+    def __init__(self, taken: Tensor):
+        self.taken = taken
+        """[B, NUMBERS + COUNTERS]: what they were in the beginning, whatever was replaced since."""
+        self.__dict__.update(zip(NUMBERS + COUNTERS, taken.unbind(1), strict=True))
 
 
 class SlotState:
-    """State of `num_slots` slots. The last slot is never used."""
+    """State of `num_slots` slots; the last one, `spare`, is never used.
+
+    Behind them is a row, `dump`, in which passes write what they find for slots that they do not serve; none reads it.
+    """
 
     def __init__(self, num_slots: int, capacity: int, block_size: int, mask_token_id: int, device: torch.device):
-        self.spare, self.mask_token_id = num_slots - 1, mask_token_id
-        self.tokens = torch.full((num_slots, capacity), mask_token_id, device=device)
-        """[num_slots, capacity] int64: prompt and answer, mask tokens where nothing is decided."""
-        self.numbers = torch.zeros(num_slots, len(NUMBERS + COUNTERS), dtype=torch.int64, device=device)
-        """[num_slots, NUMBERS + COUNTERS]: one tensor, which a pass reads and writes in a few kernels."""
+        self.num_slots, self.spare, self.dump, self.mask_token_id = num_slots, num_slots - 1, num_slots, mask_token_id
+        self.tokens = torch.full((num_slots + 1, capacity), mask_token_id, device=device)
+        """[num_slots + 1, capacity] int64: prompt and answer, mask tokens where nothing is decided."""
+        self.numbers = torch.zeros(num_slots + 1, len(NUMBERS + COUNTERS), dtype=torch.int64, device=device)
+        """[num_slots + 1, NUMBERS + COUNTERS]: one tensor, which a pass reads and writes in a few kernels."""
         self.phase = self.numbers[:, NUMBERS.index("phase")]
         self.counts = self.numbers[:, len(NUMBERS) :]
         self.parameter = torch.zeros(num_slots, dtype=torch.float32, device=device)
@@ -94,22 +102,22 @@ class SlotState:
 
     def take(self, slots: Tensor) -> SlotNumbers:
         """Return the numbers of `slots` [B] int64."""
-        numbers, counts = self.numbers[slots].tensor_split([len(NUMBERS)], dim=1)
-        return SlotNumbers(**dict(zip(NUMBERS, numbers.unbind(1), strict=True)), counts=counts)
+        return SlotNumbers(self.numbers[slots])
 
     def put(self, slots: Tensor, at: SlotNumbers) -> None:
         """Write the numbers of `slots` back."""
-        self.numbers[slots] = torch.cat([*(getattr(at, name)[:, None] for name in NUMBERS), at.counts], dim=1)
+        self.numbers[slots] = torch.stack([getattr(at, name) for name in NUMBERS + COUNTERS], dim=1)
 
     def report(self, tail: int) -> Tensor:
-        """Return what the host follows, [num_slots, 3 + COUNTERS + tail].
+        """Return what the host follows, [num_slots, REPORT_HEAD + tail].
 
         Phase, final, active rows, counts, last final tokens.
         """
-        final, num_active = (self.numbers[:, NUMBERS.index(name)] for name in ("final", "num_active"))
-        places = final[:, None] - tail + torch.arange(tail, device=final.device)
-        last = self.tokens.gather(1, places.clamp(min=0))
-        return torch.cat([self.phase[:, None], final[:, None], num_active[:, None], self.counts, last], dim=1)
+        numbers, tokens = self.numbers[: self.dump], self.tokens[: self.dump]
+        phase, final, num_active = (numbers[:, NUMBERS.index(name), None] for name in ("phase", "final", "num_active"))
+        places = final + torch.arange(-tail, 0, device=final.device)
+        last = tokens.gather(1, places.clamp(min=0))
+        return torch.cat([phase, final, num_active, numbers[:, len(NUMBERS) :], last], dim=1)
 
 
 def to_device(numbers: list[int], device: torch.device) -> Tensor:

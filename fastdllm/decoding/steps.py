@@ -1,7 +1,10 @@
 """The passes of decoding: functions of slot numbers that read and change device state and ask the host nothing.
 
 A pass takes any slots. It acts on those whose phase it serves and leaves the others as they were, so the host may be
-behind the device, and numbers may be filled up with the spare slot. Source: method.md 3.
+behind the device, and numbers may be filled up with the spare slot. What it works out for the others goes nowhere.
+
+Beside the layers these are many tiny kernels, of which each costs as much as a large one to start. So whatever depends
+on a phase or on a place in the block alone is looked up in a table that is made once. Source: method.md 3.
 """
 
 from collections.abc import Iterable
@@ -15,7 +18,8 @@ from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.operations import PassRows
 from fastdllm.decoding.policies import POLICIES, Proposals
 from fastdllm.decoding.reuse import GatedStore, LayerStore, ReuseConfig, make_store, needed_rows
-from fastdllm.decoding.state import COUNTERS, Phase, SlotNumbers, SlotState, uniform_draws
+from fastdllm.decoding.state import Phase, SlotNumbers, SlotState, uniform_draws
+from fastdllm.decoding.tables import DENOISED, FUSED, block_changes, block_roles, by_name, next_steps
 from fastdllm.model import BlockDiffusionLM
 
 
@@ -37,17 +41,32 @@ class Steps:
         self.model, self.state, self.cache, self.forward = model, state, cache, forward
         self.is_diffusion, self.decode, self.reuse = is_diffusion, decode, reuse
         self.policy = POLICIES[decode.policy]
-        self.stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
+        self._make_tables(stop_ids)
         # constants, each made on the device once
         self._ranges: dict[int, Tensor] = {}
         self._numbers: dict[int, Tensor] = {}
         self._amounts: dict[tuple, Tensor] = {}
-        num_slots = len(state.phase)
-        self.store = make_store(model, reuse, num_slots, decode.sub_block_size)
+        self.store = make_store(model, reuse, state.num_slots, decode.sub_block_size)
         width = model.qwen.config.hidden_size
         self.is_output = reuse.reuse_k > 1 and reuse.reuse_mode == "output"
         if self.is_output:  # what the last full pass gave for each row of the block
-            self.kept = torch.zeros(num_slots, model.block_size, width, dtype=model.dtype, device=model.device)
+            shape = (state.num_slots, model.block_size, width)
+            self.kept = torch.zeros(shape, dtype=model.dtype, device=model.device)
+
+    def _make_tables(self, stop_ids: Iterable[int]) -> None:
+        model, decode, size = self.model, self.decode, self.model.block_size
+        device, self.width = model.device, size * (2 if decode.fuse_append else 1)  # rows of a pass over whole blocks
+        inside = torch.arange(self.width, device=device)
+        self.sub_block_of = inside // decode.sub_block_size * decode.sub_block_size
+        self.block_end = (inside // size + 1) * size
+        self.is_next = inside >= size  # rows of the next block, behind one that is appended
+        before = torch.arange(size + 1, device=device)[:, None] + torch.arange(decode.sub_block_size, device=device) - 1
+        self.before = before.clamp(0, self.width - 1)  # [D + 1, S]: by the token shift, rows that propose from offset o
+        self.roles = {way: block_roles(way).to(device) for way in (False, True)}
+        self.changes = block_changes(model.num_layers, size, self.width).to(device)
+        self.next_steps = next_steps(size, decode, self.reuse).to(device)
+        tokens = torch.arange(model.qwen.get_input_embeddings().num_embeddings, device=device)
+        self.is_stop = torch.isin(tokens, torch.tensor(sorted(stop_ids), device=device))
 
     def prefill(self, slots: Tensor, width: int) -> None:
         """Read the next `width` places of the prompts into the block cache; at their ends, find what comes next."""
@@ -59,22 +78,26 @@ class Steps:
         places = torch.where(is_kept, places, 0)
         hidden = self._run(self._rows(slots, places, is_kept, self._clean_limits(places)))
         last = (target - 1 - at.prefilled).clamp(0, width - 1)
-        ends = is_served & (at.prefilled + width >= target)
-        at.prefilled = (at.prefilled + width * is_served).minimum(target)
-        self._count(at, is_served, prefill_passes=1, layers_run=self.model.num_layers)
-        self._count(at, is_kept.sum(1), rows_run=self.model.num_layers)
-        block = self._block(slots, at)
+        ends = at.prefilled + width >= target
+        at = self._count(at, prefill_passes=1, layers_run=self.model.num_layers)
+        at.rows_run = at.rows_run + self.model.num_layers * is_kept.sum(1)
+        at.prefilled = (at.prefilled + width).minimum(target)
+        places = self._block_places(at)
+        block = self._known(slots, places)
         if self.is_diffusion:  # a prompt of whole blocks: the next block's first token comes from the last row
             rows = hidden[torch.arange(len(slots), device=slots.device), last]
-            block = self._begin_block(at, block, ends & (at.prompt_length == target), self._best(rows))
-        self._plan(slots, at, block, ends)
-        self._put(slots, at, block)
+            block = self._begin_block(at, block, is_served & ends & (at.prompt_length == target), self._best(rows))
+        self._plan(slots, at, places, block)
+        at.phase = torch.where(ends, at.phase, self._number(Phase.PREFILL))
+        self._put(slots, at, places, block, is_served)
 
     def begin(self, slots: Tensor) -> None:
         """Find the first pass of slots whose prompt needs no prefill."""
         at = self.state.take(slots)
-        self._plan(slots, at, self._block(slots, at), at.start <= at.prefilled)
-        self.state.put(slots, at)
+        places = self._block_places(at)
+        block = self._known(slots, places)
+        self._plan(slots, at, places, block)
+        self._put(slots, at, places, block, at.start <= at.prefilled)
 
     def block(self, slots: Tensor, *, is_universal: bool = False) -> None:
         """Run all rows of each slot's block: appends, full denoising steps, and if `is_universal` sub-block ones too.
@@ -83,54 +106,50 @@ class Steps:
         `fuse_append` the next block's rows come with an append; if the guess of its first token was right, what they
         give is the next block's first denoising step, and else it is forgotten.
         """
-        state, model, decode = self.state, self.model, self.decode
-        at = state.take(slots)
-        is_append, is_full = at.phase == Phase.APPEND, at.phase == Phase.FULL
-        is_denoised = is_full | (at.phase == Phase.SUB_BLOCK) if is_universal else is_full
-        width = model.block_size * (2 if decode.fuse_append else 1)
-        inside = self._range(width)
-        places = at.start[:, None] + inside
-        is_kept = (is_append | is_full)[:, None].expand_as(places)
-        limits = (at.start + model.block_size)[:, None].expand_as(places)
-        is_next = inside >= model.block_size  # rows of the next block, behind one that is appended
-        if decode.fuse_append:
-            is_kept = torch.where(is_next, is_append[:, None] & (places < self.cache.capacity), is_kept)
-            limits = limits + model.block_size * is_next
-        if is_universal:
-            is_inside = (inside >= at.offset[:, None]) & (inside < at.offset[:, None] + decode.sub_block_size)
-            is_kept = is_kept | (is_denoised[:, None] & is_inside)
-        if model.context_attention == "causal":
-            limits = torch.where(is_append[:, None] & ~is_next, places + 1, limits)
+        at, size = self.state.take(slots), self.model.block_size
+        is_append, is_full, is_denoised, is_served = self.roles[is_universal][at.phase].unbind(1)
         if self.store is not None:
-            kept_for = torch.where(is_full, slots, state.spare)
-            self.store.select(kept_for, inside.expand_as(places), is_reused=False, is_full=True)
-        guess = at.guess if decode.fuse_append else None
-        hidden = self._run(self._rows(slots, places, is_kept, limits), self.store, guess)
+            kept_for = torch.where(is_full, slots, self.state.spare)
+            self.store.select(kept_for, self._range(size).expand(len(slots), -1), is_reused=False, is_full=True)
+        guess = at.guess if self.decode.fuse_append else None
+        hidden = self._run(self._block_rows(slots, at, is_append, is_full, is_universal), self.store, guess)
         if self.is_output:
-            self.kept[torch.where(is_full, slots, state.spare)] = hidden
-        # token shift: the row before each place; of an appended block, the last row and those of the next block
-        first = torch.where(is_append, self._number(model.block_size), at.offset)[:, None]
-        rows = (first + self._range(decode.sub_block_size) - 1).clamp(0, width - 1)
+            self.kept[torch.where(is_full, slots, self.state.spare)] = hidden
+        # of an appended block, the last row and those of the next block
+        rows = self.before[torch.where(is_append, self._number(size), at.offset)]
         proposals, greedy = self._propose(at, _take(hidden, rows))
-        run = dict(layers_run=model.num_layers, rows_run=model.num_layers * width)
-        self._count(at, is_append, append_passes=1, **run)
-        self._count(at, is_denoised, denoise_passes=1, **run)
-        at.start = at.start + model.block_size * is_append
-        block = self._begin_block(at, self._block(slots, at), is_append, greedy)
-        is_planned = is_append | is_denoised
-        if decode.fuse_append:
-            last = self._best(hidden[:, model.block_size - 1])
+        change = at.phase
+        if guess is not None:
+            last = self._best(hidden[:, size - 1])
             is_fused = is_append & (greedy == guess)
-            at.guess = torch.where(is_denoised, last, at.guess)
-            self._count(at, is_fused, denoise_passes=1)
-            is_full, is_denoised = is_full | is_fused, is_denoised | is_fused
-        self._count(at, is_full, full_passes=1)
-        at.has_cache = at.has_cache | is_full
+            change = torch.where(is_fused, self._number(FUSED), change)
+        kept, added = self.changes[change].unbind(1)
+        at = SlotNumbers(torch.addcmul(added, at.taken, kept))
+        if guess is not None:
+            at.guess = torch.where(is_denoised, last, guess)
+            is_denoised = is_denoised | is_fused
         if self.reuse.is_trimmed:
-            state.is_dirty[slots] &= ~is_kept[:, : model.block_size]
+            self.state.is_dirty[slots] &= ~is_served[:, None]
+        places = self._block_places(at)
+        block = self._begin_block(at, self._known(slots, places), is_append, greedy)
         block = self._unmask(slots, at, block, is_denoised, proposals)
-        self._plan(slots, at, block, is_planned)
-        self._put(slots, at, block)
+        self._plan(slots, at, places, block)
+        self._put(slots, at, places, block, is_served)
+
+    def _block_rows(
+        self, slots: Tensor, at: SlotNumbers, is_append: Tensor, is_full: Tensor, is_universal: bool
+    ) -> PassRows:
+        """Return the rows of each slot's block, and with `fuse_append` of the next one, [B, D] or [B, 2D]."""
+        places, limits = at.start[:, None] + self._range(self.width), at.start[:, None] + self.block_end
+        is_kept = (is_append | is_full)[:, None]
+        if is_universal:
+            is_inside = self.sub_block_of == at.offset[:, None]
+            is_kept = is_kept | (is_inside & (at.phase == Phase.SUB_BLOCK)[:, None])
+        if self.decode.fuse_append:
+            is_kept = torch.where(self.is_next, is_append[:, None] & (places < self.cache.capacity), is_kept)
+        if self.model.context_attention == "causal":
+            limits = torch.where(is_append[:, None] & ~self.is_next, places + 1, limits)
+        return self._rows(slots, places, is_kept, limits)
 
     def sub_block(self, slots: Tensor, *, is_reused: bool = False) -> None:
         """Run a denoising step over the rows of each slot's sub-block."""
@@ -138,8 +157,8 @@ class Steps:
         is_served = at.phase == (Phase.REUSE if is_reused else Phase.SUB_BLOCK)
         if is_reused and self.is_output:
             hidden = self.kept[slots[:, None], (self._inside(at) - 1).clamp(min=0)]
-            self._count(at, is_served, denoise_passes=1)
-            self._denoise(slots, at, is_served, self._propose(at, hidden)[0])
+            proposals = self._propose(at, hidden)[0]
+            self._denoise(slots, self._count(at, **DENOISED), is_served, proposals)
             return
         self._select(slots, at, is_served, is_reused)
         hidden = self._run(self._sub_block_rows(slots, at, is_served), self.store)
@@ -153,7 +172,8 @@ class Steps:
         """
         state, size = self.state, self.decode.sub_block_size
         at = state.take(slots)
-        is_active = self._active_rows(slots, at, self._block(slots, at)) & (at.phase == Phase.SUB_BLOCK)[:, None]
+        block = self._known(slots, self._block_places(at))
+        is_active = self._active_rows(slots, at, block) & (at.phase == Phase.SUB_BLOCK)[:, None]
         is_served = is_active.any(1) & (is_active.sum(1).cumsum(0) <= num_rows)
         is_active &= is_served[:, None]
         chosen = (~is_active).flatten().argsort(stable=True)[:num_rows]  # [R], the active ones first
@@ -165,8 +185,8 @@ class Steps:
         hidden = self._run(self._rows(owners, places, is_kept, limits)).flatten(0, 1)  # [R, C]
         proposals = self._propose_for_next(at, hidden, chosen)
         state.is_dirty[slots[:, None], self._inside(at)] &= ~is_active
-        self._count(at, is_served, denoise_passes=1, layers_run=self.model.num_layers)
-        self._count(at, is_active.sum(1), rows_run=self.model.num_layers)
+        at = self._count(at, **DENOISED, layers_run=self.model.num_layers)
+        at.rows_run = at.rows_run + self.model.num_layers * is_active.sum(1)
         self._denoise(slots, at, is_served, proposals)
 
     def _propose_for_next(self, at: SlotNumbers, hidden: Tensor, chosen: Tensor) -> Proposals:
@@ -202,10 +222,10 @@ class Steps:
         is_served = at.phase == Phase.PROBE
         hidden = self._run_part(slots, at, is_served, range(store.first), None)
         is_reused = store.decide(torch.where(is_served, slots, state.spare), self._inside(at), hidden)
-        at.phase = torch.where(is_served, torch.where(is_reused, Phase.REUSE_REST, Phase.REFRESH), at.phase)
         rows_run = store.first * self.decode.sub_block_size
-        self._count(at, is_served, layers_run=store.first, rows_run=rows_run)
-        state.put(slots, at)
+        at = self._count(at, layers_run=store.first, rows_run=rows_run)
+        at.phase = torch.where(is_reused, self._number(Phase.REUSE_REST), self._number(Phase.REFRESH))
+        state.put(self._target(slots, is_served), at)
 
     def rest(self, slots: Tensor, *, is_reused: bool) -> None:
         """Go on from `probe`: run the other layers, the subset with them or without, and unmask."""
@@ -249,16 +269,17 @@ class Steps:
 
     def _finish_step(self, slots: Tensor, at: SlotNumbers, is_served: Tensor, hidden: Tensor, num_layers: int) -> None:
         """Unmask by the hidden states [B, S, C] of the sub-block's rows, after the final norm."""
+        proposals, _ = self._propose(at, hidden[:, self.before[0]])
         rows_run = num_layers * self.decode.sub_block_size
-        self._count(at, is_served, denoise_passes=1, layers_run=num_layers, rows_run=rows_run)
-        before = (self._range(self.decode.sub_block_size) - 1).clamp(min=0)
-        self._denoise(slots, at, is_served, self._propose(at, hidden[:, before])[0])
+        at = self._count(at, **DENOISED, layers_run=num_layers, rows_run=rows_run)
+        self._denoise(slots, at, is_served, proposals)
 
     def _denoise(self, slots: Tensor, at: SlotNumbers, is_served: Tensor, proposals: Proposals) -> None:
         """Unmask, plan, and write everything back."""
-        block = self._unmask(slots, at, self._block(slots, at), is_served, proposals)
-        self._plan(slots, at, block, is_served)
-        self._put(slots, at, block)
+        places = self._block_places(at)
+        block = self._unmask(slots, at, self._known(slots, places), is_served, proposals)
+        self._plan(slots, at, places, block)
+        self._put(slots, at, places, block, is_served)
 
     def token(self, slots: Tensor) -> None:
         """Read the newest token of each slot and write the next one (AR mode)."""
@@ -267,16 +288,16 @@ class Steps:
         places = at.start[:, None]
         hidden = self._run(self._rows(slots, places, is_served[:, None], places + 1))
         token = self._propose(at, hidden)[0].token
-        at.start, at.draws = at.start + is_served, at.draws + is_served
         num_layers = self.model.num_layers
-        self._count(at, is_served, denoise_passes=1, computed_tokens=1, layers_run=num_layers, rows_run=num_layers)
-        block = torch.where(is_served[:, None], token, self._block(slots, at))
-        self._plan(slots, at, block, is_served)
-        self._put(slots, at, block)
+        run = dict(denoise_passes=1, layers_run=num_layers, rows_run=num_layers)
+        at = self._count(at, start=1, draws=1, computed_tokens=1, **run)
+        places = self._block_places(at)
+        self._plan(slots, at, places, token)
+        self._put(slots, at, places, token, is_served)
 
     def _rows(self, slots: Tensor, places: Tensor, is_kept: Tensor, limits: Tensor) -> PassRows:
         """Return the rows at `places` [B, T]; keys and values of those that are not kept go nowhere."""
-        return PassRows(places, torch.where(is_kept, places, self.cache.dump), slots, limits)
+        return PassRows(places, torch.where(is_kept, places, self._number(self.cache.dump)), slots, limits)
 
     def _run(self, rows: PassRows, reuse: LayerStore | None = None, guess: Tensor | None = None) -> Tensor:
         return self.forward(self._tokens(rows, guess), rows, reuse)
@@ -310,19 +331,24 @@ class Steps:
         """Return the most likely token after each of `hidden` [B, C], [B]."""
         return self.forward.propose(hidden[:, None])[1][:, 0]
 
-    def _block(self, slots: Tensor, at: SlotNumbers) -> Tensor:
-        """Return the tokens of each slot's current block, [B, D]; in AR mode the newest one, [B, 1]."""
-        return self.state.tokens[slots[:, None], self._block_places(at)]
-
     def _block_places(self, at: SlotNumbers) -> Tensor:
+        """Return the places of each slot's current block, [B, D]; in AR mode that of the newest token, [B, 1]."""
         if self.is_diffusion:
             return at.start[:, None] + self._range(self.model.block_size)
         return at.start[:, None]
 
-    def _put(self, slots: Tensor, at: SlotNumbers, block: Tensor) -> None:
-        """Write back what a pass has changed: the tokens of the current block and the slots' numbers."""
-        self.state.tokens[slots[:, None], self._block_places(at)] = block
-        self.state.put(slots, at)
+    def _known(self, slots: Tensor, places: Tensor) -> Tensor:
+        """Return the tokens at the places [B, T] of each slot."""
+        return self.state.tokens[slots[:, None], places]
+
+    def _put(self, slots: Tensor, at: SlotNumbers, places: Tensor, block: Tensor, is_served: Tensor) -> None:
+        """Write back what a pass has changed in the slots that it served: tokens at `places`, and the numbers."""
+        target = self._target(slots, is_served)
+        self.state.tokens[target[:, None], places] = block
+        self.state.put(target, at)
+
+    def _target(self, slots: Tensor, is_served: Tensor) -> Tensor:
+        return torch.where(is_served, slots, self._number(self.state.dump))
 
     def _unmask(
         self, slots: Tensor, at: SlotNumbers, block: Tensor, is_denoised: Tensor, proposals: Proposals
@@ -334,9 +360,8 @@ class Steps:
         is_accepted = self.policy.accept(proposals, is_candidate, self._parameter(slots, at))
         if self.reuse.is_trimmed:
             self.state.is_dirty[slots[:, None], inside] |= is_accepted
-        at.step, at.draws = at.step + is_denoised, at.draws + is_denoised
-        self._count(at, is_accepted.sum(1), computed_tokens=1)
-        return block.scatter(1, inside, torch.where(is_accepted, proposals.token, present))
+        at.computed_tokens = at.computed_tokens + is_accepted.sum(1)
+        return block.scatter_(1, inside, torch.where(is_accepted, proposals.token, present))
 
     def _parameter(self, slots: Tensor, at: SlotNumbers) -> Tensor:
         """Return the policy's number for each slot, [B] float32; benchmarks replay a trace here."""
@@ -344,53 +369,38 @@ class Steps:
 
     def _begin_block(self, at: SlotNumbers, block: Tensor, is_begun: Tensor, token: Tensor) -> Tensor:
         """Return the block with its first token [B] where it is begun."""
-        at.step, at.offset, at.has_cache = (x * ~is_begun for x in (at.step, at.offset, at.has_cache))
-        self._count(at, is_begun, computed_tokens=1)
-        is_first = is_begun[:, None] & (self._range(self.model.block_size) == 0)
-        return torch.where(is_first, token[:, None], block)
+        block[:, 0] = torch.where(is_begun, token, block[:, 0])
+        at.computed_tokens = at.computed_tokens + is_begun
+        return block
 
-    def _plan(self, slots: Tensor, at: SlotNumbers, block: Tensor, is_changed: Tensor) -> None:
-        """Work out what is final, and each changed slot's next phase."""
-        places = self._block_places(at)
+    def _plan(self, slots: Tensor, at: SlotNumbers, places: Tensor, block: Tensor) -> None:
+        """Work out what is final of `block`, which stands at `places`, and each slot's next phase."""
+        ends = places + 1
         if self.is_diffusion:
-            is_masked = block == self.model.mask_token_id
-            first = torch.where(
-                is_masked, self._range(self.model.block_size), self._number(self.model.block_size)
-            ).amin(1)
-            final, phase = at.start + first, self._denoising_phase(slots, at, block, is_masked, first)
+            is_masked, size = block == self.model.mask_token_id, self.model.block_size
+            first = torch.where(is_masked, self._range(size), self._number(size)).amin(1)
+            final, phase = at.start + first, self._plan_step(slots, at, block, first)
         else:
-            final, phase = at.start + 1, self._number(Phase.TOKEN)
-        is_answer = (places >= at.prompt_length[:, None]) & (places < final[:, None])
-        is_stop = (block[..., None] == self.stop_ids).any(-1) & is_answer
-        final = torch.where(is_stop, places + 1, final[:, None]).amin(1).minimum(at.limit)  # the first stop token ends
-        is_done = is_stop.any(1) | (final >= at.limit)
-        at.final = torch.where(is_changed, final.maximum(at.prompt_length), at.final)
-        at.phase = torch.where(is_changed, phase * ~is_done, at.phase)  # IDLE is 0
+            final, phase = ends[:, 0], self._number(Phase.TOKEN)
+        is_stop = self.is_stop[block] & (places >= at.prompt_length[:, None])
+        end = torch.where(is_stop, ends, at.limit[:, None]).amin(1)  # the first stop token ends an answer
+        at.final = final.minimum(end)
+        at.phase = torch.where(final < end, phase, self._number(Phase.IDLE))
 
-    def _denoising_phase(
-        self, slots: Tensor, at: SlotNumbers, block: Tensor, is_masked: Tensor, first: Tensor
-    ) -> Tensor:
-        decode, block_size = self.decode, self.model.block_size
-        at.offset = (first // decode.sub_block_size * decode.sub_block_size).clamp(
-            max=block_size - decode.sub_block_size
-        )
+    def _plan_step(self, slots: Tensor, at: SlotNumbers, block: Tensor, first: Tensor) -> Tensor:
+        """Set the sub-block that is next; return the phase. `first` [B]: masked place of the block, D if none is."""
+        is_reused = (at.step % self.reuse.reuse_k != 0).long() if self.reuse.reuse_k > 1 else 0
+        phase, at.offset = self.next_steps[at.has_cache, is_reused, first].unbind(1)
         if self.reuse.is_trimmed:
             at.num_active = self._active_rows(slots, at, block).sum(1)
-        if not decode.use_block_cache:
-            return torch.where(first == block_size, self._number(Phase.APPEND), self._number(Phase.FULL))
-        is_open = is_masked.gather(1, at.offset[:, None])[:, 0]  # only a full pass gives a sub-block's first token
-        step = self._number(Phase.PROBE if self.reuse.is_adaptive else Phase.SUB_BLOCK)
-        if self.reuse.reuse_k > 1:
-            step = torch.where(at.step % self.reuse.reuse_k != 0, self._number(Phase.REUSE), step)
-        phase = torch.where(is_open | (at.has_cache == 0), self._number(Phase.FULL), step)
-        return torch.where(first == block_size, self._number(Phase.APPEND), phase)
+        return phase
 
-    def _count(self, at: SlotNumbers, number: Tensor, **amounts: int) -> None:
-        """Add `number` [B] times the amounts to the counts of each slot."""
+    def _count(self, at: SlotNumbers, **amounts: int) -> SlotNumbers:
+        """Return the numbers as they were taken, with the amounts added."""
         key = tuple(amounts.items())
         if key not in self._amounts:
-            self._amounts[key] = torch.tensor([amounts.get(name, 0) for name in COUNTERS], device=self.model.device)
-        at.counts = at.counts + number[:, None] * self._amounts[key]
+            self._amounts[key] = by_name(amounts).to(self.model.device)
+        return SlotNumbers(at.taken + self._amounts[key])
 
     def _number(self, value: int) -> Tensor:
         """Return the value as a tensor that is made once."""
