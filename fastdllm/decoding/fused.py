@@ -78,6 +78,7 @@ class FusedForward:
         self._embedding, self._head = backbone.embed_tokens.weight.detach(), model.qwen.lm_head.weight.detach()
         self._final_norm = backbone.norm.weight.detach()
         self._layers = [_fuse(layer) for layer in backbone.layers]
+        self._all = range(len(self._layers))
         self._most_places = model.qwen.config.max_position_embeddings
         # rows of a block that ends behind the capacity have positions too, although nobody reads what they give
         positions = torch.arange(self._most_places + 2 * model.block_size, device=model.device)
@@ -85,12 +86,23 @@ class FusedForward:
         self._angles = torch.stack([x[0, :, : x.shape[-1] // 2] for x in (cosine, sine)]).detach().contiguous()
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, rows: PassRows, cache: SlotCache, reuse: LayerStore | None = None) -> Tensor:
-        """Return the hidden states after the final norm, [B, T, C]; write keys and values into the cache.
+    def __call__(
+        self,
+        tokens: Tensor,
+        rows: PassRows,
+        cache: SlotCache,
+        reuse: LayerStore | None = None,
+        *,
+        layers: range | None = None,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """Return the hidden states after the last layer, [B, T, C]; write keys and values into the cache.
 
         Args:
             tokens: [B, T] int64; limits of the rows may be above the capacity.
             reuse: its layers see whole hidden states, and so cost a few small kernels more where they do run.
+            layers: those that are run; None for all. The final norm follows the model's last one alone.
+            before: [B, T, C], what goes into the first of them; None for the embedded tokens.
         Raises:
             ValueError: the cache has places for which there is no rotary angle.
         """
@@ -101,8 +113,10 @@ class FusedForward:
             )
         rows = rows._replace(limits=rows.limits.clamp(max=cache.capacity))
         rows = PassRows(*(tensor.contiguous() for tensor in rows))
-        hidden, parts = F.embedding(tokens, self._embedding).flatten(0, 1), None  # [R, C]; parts [P, R, C], to be added
-        for index in range(len(self._layers)):
+        before = F.embedding(tokens, self._embedding) if before is None else before
+        layers = self._all if layers is None else layers
+        hidden, parts = before.flatten(0, 1).contiguous(), None  # [R, C]; parts [P, R, C], to be added
+        for index in layers:
             if reuse is None or index not in reuse.layers:
                 hidden, parts = self._transform(index, *self._attend(index, hidden, parts, rows, cache))
                 continue
@@ -117,8 +131,11 @@ class FusedForward:
                 return self._transform(index, hidden.flatten(0, 1), None)[1].sum(0).to(hidden.dtype).view_as(hidden)
 
             hidden = reuse.run(index, hidden.view(*tokens.shape, -1), attend, transform).flatten(0, 1)
-        normed = self.kernels.normalize(hidden, parts, self._final_norm, self.epsilon)[1]
-        return normed.view(*tokens.shape, -1)
+        if layers.stop == len(self._layers):
+            hidden = self.kernels.normalize(hidden, parts, self._final_norm, self.epsilon)[1]
+        elif parts is not None:
+            hidden = hidden + parts.sum(0).to(hidden.dtype)
+        return hidden.view(*tokens.shape, -1)
 
     @torch.no_grad()
     def statistics(self, hidden: Tensor) -> HeadStatistics:
@@ -199,6 +216,11 @@ class FusedPasses(PlainForward):
 
     def __call__(self, tokens: Tensor, rows: PassRows, reuse: LayerStore | None = None) -> Tensor:
         return self.fused(tokens, rows, self.cache, reuse)
+
+    def part(
+        self, layers: range, tokens: Tensor, hidden: Tensor | None, rows: PassRows, reuse: LayerStore | None
+    ) -> Tensor:
+        return self.fused(tokens, rows, self.cache, reuse, layers=layers, before=hidden)
 
     def propose(self, hidden: Tensor, needs=frozenset(), temperature=0.0, top_p=1.0, uniform=None):
         if temperature > 0:  # a nucleus needs all logits

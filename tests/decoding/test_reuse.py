@@ -178,6 +178,21 @@ def by_index(completion):
 
 
 @pytest.mark.parametrize("reuse", EACH_WAY, ids=way_name)
+def test_the_fused_forward_pass_reuses_in_the_same_way(byte_tokenizer, reuse):
+    model, prompts = make_model(), make_prompts(LENGTHS)
+    plain, fused = (
+        sorted(
+            Engine(
+                model, byte_tokenizer, decode=DecodeConfig(**OPTIONS), reuse=reuse, batch_size=3, is_fused=is_fused
+            ).run(Request(prompt=prompt, max_new_tokens=30) for prompt in prompts),
+            key=by_index,
+        )
+        for is_fused in (False, True)
+    )
+    assert plain == fused
+
+
+@pytest.mark.parametrize("reuse", EACH_WAY, ids=way_name)
 def test_a_request_in_a_used_slot_answers_as_alone(byte_tokenizer, reuse):
     model, prompts = make_model(), make_prompts(LENGTHS)
     in_turn, _ = run(model, byte_tokenizer, prompts, batch_size=1, reuse=reuse, **OPTIONS)
