@@ -355,3 +355,14 @@ def test_subsets_are_the_documented_layers():
     for wrong, message in (("frist", "must be first"), ("7,8", "0 to 7")):
         with pytest.raises(ValueError, match=message):
             layer_subset(8, wrong)
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "ar"])
+@pytest.mark.parametrize("kept", [(0, 2, 3), (2,)])
+def test_skipped_requests_change_no_other_answer_and_no_count(byte_tokenizer, mode, kept):
+    model, (prefix, *rest) = make_model(), make_prompts((24, 1, 5, 8, 40))
+    requests = make_requests([prefix + tail for tail in rest])
+    expected, engine = answers(model, byte_tokenizer, requests, mode=mode)
+    skip = set(range(4)) - set(kept)
+    assert sorted(engine.run(requests, skip), key=by_index) == [expected[index] for index in kept]
+    assert sorted(engine.run(requests), key=by_index) == expected  # skipped once, not for ever
