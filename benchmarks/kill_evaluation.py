@@ -121,14 +121,13 @@ class Program:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """Return what a finished run left behind: the fields of its row but for times, its samples, the names of files."""
+    """Return what a finished run left behind: the fields of its row but for times, and its samples."""
     (row_file,) = (folder / "rows").glob("*.json")
     (samples_file,) = (folder / "samples").glob("*.samples.jsonl")
     row = {f"row {name}": value for name, value in json.loads(row_file.read_text()).items() if name not in TIMES}
     samples = [json.loads(line) for line in samples_file.read_text().splitlines()]
     fields = {f"sample {number} {name}": value for number, one in enumerate(samples) for name, value in one.items()}
-    partial = [path.name for path in folder.glob("samples/*partial*.jsonl")]
-    return {**row, **fields, "number of samples": len(samples), "partial files": partial}
+    return {**row, **fields, "number of samples": len(samples)}
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:

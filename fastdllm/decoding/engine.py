@@ -268,9 +268,9 @@ class Engine:
         """Add up the prefill passes on a GPU: those that have ended, or, waiting for them, all."""
         if is_waiting and self._prefill_events:
             torch.cuda.synchronize(self.model.device)
-        ended = [events for events in self._prefill_events if events[1].query()]
-        self.prefill_seconds += sum(begin.elapsed_time(end) for begin, end in ended) / 1e3
-        self._prefill_events = [events for events in self._prefill_events if events not in ended]
+        while self._prefill_events and self._prefill_events[0][1].query():  # they end in order
+            begin, end = self._prefill_events.pop(0)
+            self.prefill_seconds += begin.elapsed_time(end) / 1e3
 
     def free(self) -> None:
         """Give the memory of slots and graphs back."""

@@ -124,7 +124,7 @@ def running_value(task: Any, requests: Sequence[Any], responses: Sequence[Any]) 
             filter_name = next(iter(copies[0].filtered_resps))
         values = task.process_results(doc, [request.filtered_resps[filter_name] for request in copies])
     metric = metric if metric in values else next(iter(values))
-    is_mean = task.aggregation()[metric].__name__ == "mean"
+    is_mean = getattr(task.aggregation().get(metric), "__name__", "") == "mean"  # any callable can aggregate
     value = values[metric]
     return float(value) if is_mean and isinstance(value, int | float) and 0 <= value <= 1 else None
 
