@@ -3,8 +3,8 @@
     python benchmarks/kill_evaluation.py --kills 50 --device cpu --dtype float32
 
 Evaluates data/tiny-adapted on tiny_problems once unbroken, then under kill -9: while it starts, a random time after a
-random number of further samples was kept, or at the end, where samples and row are written. Each finished run must
-equal the unbroken one in every field of its row, but for times, and in every sample. Prints a line per kill and a
+random number of further samples was kept, after the last one, or while samples and row are written. Each finished run
+must equal the unbroken one in every field of its row, but for times, and in every sample. Prints a line per kill and a
 summary; exits 1 on a difference.
 """
 
@@ -13,18 +13,21 @@ import multiprocessing
 import os
 import random
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tqdm import tqdm
+
 from fastdllm.cli import run
 from fastdllm.evaluation.run import EvaluateConfig, evaluate
 from fastdllm.runtime import code_revision
 
 ROOT = Path(__file__).parents[1]
-PLACES = ("start", "sample", "end")
+PLACES = {"start": 1, "sample": 6, "end": 2, "files": 2}  # where a kill comes, and how often
 TIMES = ("seconds", "decode_seconds", "tokens_per_second", "decode_tokens_per_second")
 
 
@@ -79,6 +82,7 @@ def run_quietly(config: EvaluateConfig) -> None:
     log = os.open(Path(config.run) / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    tqdm.set_lock(threading.RLock())  # its own is one between processes, which a killed one leaves behind
     evaluate(config)
 
 
@@ -140,19 +144,23 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 
 def kill_once(program: Program, draw: random.Random, startup: float, config: KillConfig) -> str:
     """Kill the program at a random place and return which; "" if it ended before, or is left alone."""
-    place, kept = draw.choices(PLACES, weights=(1, 7, 2))[0], program.num_kept()
+    (place,) = draw.choices(list(PLACES), weights=PLACES.values())
+    kept, samples_file = program.num_kept(), list(program.folder.glob("samples/*.samples.jsonl"))
     if kept == config.limit and draw.random() < 0.5:  # otherwise it would seldom finish
         return ""
-    if kept == config.limit or place == "start":  # once all are kept, nothing but start and end is left
+    if place == "start" or (kept == config.limit and place != "files"):
         place = "start"
         time.sleep(draw.uniform(0, 2 * startup))
     elif place == "sample":
         wanted = min(config.limit, kept + draw.randint(1, max(1, config.limit // 4)))
         program.wait(lambda: program.num_kept() >= wanted)
         time.sleep(draw.uniform(0, 0.2))
-    else:
+    elif place == "end":
         program.wait(lambda: program.num_kept() == config.limit)
-        time.sleep(draw.uniform(0, 0.1))
+        time.sleep(draw.uniform(0, 0.5))
+    else:
+        program.wait(lambda: list(program.folder.glob("samples/*.samples.jsonl")) != samples_file)
+        time.sleep(draw.uniform(0, 0.02))
     if not program.process.is_alive():
         return ""
     program.kill()
@@ -170,8 +178,8 @@ def run_broken(broken: EvaluateConfig, draw: random.Random, startup: float, plac
             program.finish()
             return starts
         places[place] += 1
-        has_row = any(program.folder.glob("rows/*.json"))
-        print(f"  kill {places.total()}: {place}, {program.num_kept()} samples kept, row there: {has_row}", flush=True)
+        row = "there" if any(program.folder.glob("rows/*.json")) else "not there"
+        print(f"  kill {places.total()}: {place}, {program.num_kept()} samples kept, row {row}", flush=True)
 
 
 def check(config: KillConfig) -> None:
@@ -196,7 +204,7 @@ def check(config: KillConfig) -> None:
         found += changed
         print(f"run {runs} finished, {len(changed)} differences {changed[:5]}", flush=True)
     revision, is_dirty = code_revision()
-    counts = ", ".join(f"{places[place]} at the {place}" for place in PLACES)
+    counts = ", ".join(f"{place} {places[place]}" for place in PLACES)
     print(f"{expected['row device']}, {expected['row dtype']}, {revision[:10]} dirty={is_dirty}")
     print(
         f"{places.total()} kills ({counts}), {starts} starts, {runs} finished runs of {config.limit} problems: "
