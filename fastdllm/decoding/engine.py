@@ -7,7 +7,7 @@ for each kind, so a row's tokens do not depend on the batch around it. A free sl
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -95,11 +95,14 @@ class Engine:
         """Whether a run has begun and not ended."""
         self.state: SlotState | None = None
         self._prefill_events: list[tuple] = []
+        self._skipped: list[Row] = []
         self._passes: dict[tuple, GraphedPass] = {}
         self._check()
 
     @property
     def decode_seconds(self) -> float:
+        """`seconds` without prefill; within a run, without the prefill that has ended by now."""
+        self._read_events()
         return self.seconds - self.prefill_seconds
 
     @property
@@ -128,10 +131,14 @@ class Engine:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}.")
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Answer every request; completions come as they finish, each with its request's index."""
-        waiting = [self._row(index, request) for index, request in enumerate(requests)][::-1]
-        for row in self._serve(waiting):
+    def run(self, requests: Iterable[Request], skip: Collection[int] = ()) -> Iterator[Completion]:
+        """Answer every request but those whose indices are in `skip`; completions come as they finish, in any order.
+
+        What is skipped changes no other answer and no count: the common prefix stays that of all requests.
+        """
+        rows = [self._row(index, request) for index, request in enumerate(requests)][::-1]
+        self._skipped = [row for row in rows if row.index in skip]
+        for row in self._serve([row for row in rows if row.index not in skip]):
             if row.is_finished:
                 yield row.completion(self.tokenizer)
 
@@ -181,8 +188,8 @@ class Engine:
         finally:
             for row in active:  # of a run that was broken off
                 self.state.release(row.slot)
-            self._read_events()
-            self.is_busy = False
+            self._read_events(is_waiting=True)
+            self._skipped, self.is_busy = [], False
 
     def _round(self, waiting: list[Row], active: list[Row]) -> list[Row]:
         """Fill free slots, run the next pass of every slot and read what passes did; return the rows that moved on."""
@@ -212,7 +219,7 @@ class Engine:
         size = self.model.block_size
         longest = max(waiting, key=lambda row: row.limit)
         capacity = -(-longest.limit // size) * size
-        prefix = self._common_prefix(waiting)
+        prefix = self._common_prefix([*waiting, *self._skipped])
         extra = 2 if prefix else 1  # the spare slot, and one for the common prefix
         wanted = min(self.batch_size, len(waiting))
         needed = (wanted, capacity, extra)
@@ -257,11 +264,13 @@ class Engine:
         self._passes = {}
         self._pool = torch.cuda.graph_pool_handle() if self.is_graphed else None
 
-    def _read_events(self) -> None:
-        if self._prefill_events:
+    def _read_events(self, is_waiting: bool = False) -> None:
+        """Add up the prefill passes on a GPU: those that have ended, or, waiting for them, all."""
+        if is_waiting and self._prefill_events:
             torch.cuda.synchronize(self.model.device)
-            self.prefill_seconds += sum(begin.elapsed_time(end) for begin, end in self._prefill_events) / 1e3
-        self._prefill_events = []
+        while self._prefill_events and self._prefill_events[0][1].query():  # they end in order
+            begin, end = self._prefill_events.pop(0)
+            self.prefill_seconds += begin.elapsed_time(end) / 1e3
 
     def free(self) -> None:
         """Give the memory of slots and graphs back."""
@@ -274,7 +283,7 @@ class Engine:
             raise error
         self.batch_size = self.num_slots // 2
         print(f"out of memory: going on with {self.batch_size} requests at a time; finished ones are kept", flush=True)
-        self._read_events()
+        self._read_events(is_waiting=True)
         self.free()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()

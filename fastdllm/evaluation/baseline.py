@@ -1,7 +1,7 @@
 """The outside baseline: transformers' own AR decoding, behind the same `run` as our engine."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -24,10 +24,16 @@ class TransformersEngine:
     def free(self) -> None:
         """Nothing is kept between runs."""
 
-    def run(self, requests: list[Request]) -> Iterator[Completion]:
-        """Answer every request, batch by batch in order."""
+    def run(self, requests: list[Request], skip: Collection[int] = ()) -> Iterator[Completion]:
+        """Answer every request but those whose indices are in `skip`, batch by batch in order.
+
+        A batch is left out when all of it is skipped, else run whole: what a row takes depends on its batch.
+        """
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
+            wanted = [index for index in range(start, start + len(batch)) if index not in skip]
+            if not wanted:
+                continue
             started = time.perf_counter()
             answers = decode_with_transformers(
                 self.model,
@@ -40,7 +46,8 @@ class TransformersEngine:
                 torch.cuda.synchronize(self.model.device)
             self.seconds += time.perf_counter() - started
             longest = max(map(len, answers))
-            for index, (request, tokens) in enumerate(zip(batch, answers, strict=True), start=start):
+            for index in wanted:
+                request, tokens = batch[index - start], answers[index - start]
                 yield self._completion(index, request, tokens[: request.max_new_tokens], longest)
 
     def _completion(self, index: int, request: Request, tokens: list[int], longest: int) -> Completion:

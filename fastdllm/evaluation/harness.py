@@ -6,19 +6,22 @@ Shell: `python -m fastdllm.evaluation.harness run --model fast_dllm_v2 --model_a
 
 import difflib
 import functools
+import random
 import time
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+import numpy as np
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
-from tqdm import tqdm
 
 from fastdllm.checkpoint import Checkpoint, load_checkpoint
 from fastdllm.decoding.engine import DecodeConfig, Engine
@@ -26,8 +29,10 @@ from fastdllm.decoding.policies import PolicyName
 from fastdllm.decoding.reuse import ReuseConfig, ReuseMode
 from fastdllm.decoding.rows import Completion, Request
 from fastdllm.evaluation.baseline import TransformersEngine
-from fastdllm.evaluation.likelihood import autoregressive_scores, masked_scores
+from fastdllm.evaluation.likelihood import LIKELIHOODS, Pair, Score, autoregressive_scores, masked_scores
+from fastdllm.evaluation.progress import Progress
 from fastdllm.evaluation.scoring import TaskRun, collect
+from fastdllm.evaluation.store import Key, SampleStore, digest
 from fastdllm.runtime import get_optimal_dtype, pick_device
 
 PUBLISHED_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{{}}."
@@ -36,6 +41,9 @@ GENERATION_KEYS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
 LOCAL_TASKS = Path("data/tiny/tasks")
 OFFLINE_DATA = {"gsm8k": "openai/gsm8k", "minerva_math": "EleutherAI/hendrycks_math"}
 OFFLINE_DATA |= {"minerva_math500": "HuggingFaceH4/MATH-500", "ifeval": "google/IFEval"}
+LIKELIHOOD_TYPES = ("loglikelihood", "multiple_choice")
+READ_BY_LIKELIHOOD = ("model_path", "device", "dtype", "batch_size", "mask_id", "bd_size", "mode", "prompt", "seed")
+READ_BY_LIKELIHOOD += ("experiment_name", "show_speed")
 LM_EVAL_DEFAULTS = {"batch_size": 1, "device": "cuda:0"}  # what its command line passes when nothing is given
 
 
@@ -114,10 +122,23 @@ class FastDLLMv2(TemplateLM):
         self.tokenizer = self.checkpoint.tokenizer
         self.model = self.checkpoint.model()
         self._check_checkpoint()
+        self.tasks: Mapping[str, Task] = {}
+        """For the accuracy while running; empty: not shown."""
+        self.store: SampleStore | None = None
+        """What was answered before, and where what is answered now is kept; None: nowhere."""
         self.completions: dict[tuple[str, int], Completion] = {}
         """What was counted, by (task name, problem number)."""
+        self.likelihood: str | None = None
+        """Which log-likelihood was computed, if any."""
         self.seconds, self.decode_seconds = 0.0, 0.0
-        """Wall time inside the engine, warm-up excluded; 0 for decode_seconds where the engine does not tell."""
+        """Wall time inside the engine, warm-up excluded; 0 for decode_seconds where the engine does not tell. What the
+        store's samples took is part of it."""
+
+    def keep(self, store: SampleStore) -> None:
+        """Take the samples of `store` as answered, and keep in it what is answered from now on."""
+        self.store = store
+        self.seconds += store.seconds
+        self.decode_seconds += store.decode_seconds
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "FastDLLMv2":
@@ -165,28 +186,60 @@ class FastDLLMv2(TemplateLM):
         )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the text of each answer, without its stop string; what was counted goes into `completions`."""
-        engine = self._engine()
+        """Return the text of each answer, without its stop string; what was counted goes into `completions`.
+
+        Raises:
+            ValueError: a problem is asked several times, or what cannot be answered.
+        """
+        self._check_repeats(requests)
         queue = [self._request(number, instance) for number, instance in enumerate(requests)]
+        keys = [sample_key(instance, asdict(asked)) for instance, asked in zip(requests, queue, strict=True)]
+        done = {number: Completion(**sample) for number, sample in self._kept(keys).items()}
+        answers = {number: completion.text for number, completion in done.items()}
+        self.completions |= {_problem(requests[number]): completion for number, completion in done.items()}
+        if len(done) < len(queue):
+            with Progress(requests, self.tasks, answers, is_hidden=disable_tqdm) as progress:
+                for completion in self._answer(queue, keys, done):
+                    instance = requests[completion.index]
+                    answers[completion.index] = completion.text
+                    self.completions[_problem(instance)] = completion
+                    self.cache_hook.add_partial("generate_until", instance.args, completion.text)
+                    progress.finish(completion.index, completion.text)
+        if self.arguments.show_speed:
+            tokens = sum(completion.counted_tokens for completion in self.completions.values())
+            print(f"{tokens} tokens in {self.seconds:.1f} s: {tokens / self.seconds:.1f} tokens/s")
+        return [answers[number] for number in range(len(requests))]
+
+    def _check_repeats(self, requests: list[Instance]) -> None:
+        problems = set(self.completions)
+        for instance in requests:
+            if _problem(instance) in problems:
+                raise ValueError(f"{instance.task_name} asks for each problem several times (repeats), set repeats: 1.")
+            problems.add(_problem(instance))
+
+    def _kept(self, keys: list[Key]) -> dict[int, Any]:
+        """Return the samples that the store has, by place in `keys`."""
+        samples = self.store.samples if self.store is not None else {}
+        return {number: samples[key] for number, key in enumerate(keys) if key in samples}
+
+    def _answer(self, queue: list[Request], keys: list[Key], done: Mapping[int, Any]) -> Iterator[Completion]:
+        """Answer what is not done, counting the time; yield each answer once it is kept."""
+        engine = self._engine()
         if self._device.type == "cuda":  # allocator, kernels and libraries are set up outside the timing
             list(engine.run([Request(prompt=queue[0].prompt, max_new_tokens=self.model.block_size)]))
             engine.free()
             engine = self._engine()
-        answers: list[str] = [""] * len(requests)
-        for completion in tqdm(engine.run(queue), total=len(queue), desc="problems", disable=disable_tqdm or None):
-            instance = requests[completion.index]
-            answers[completion.index] = completion.text
-            if (instance.task_name, instance.doc_id) in self.completions:
-                raise ValueError(f"{instance.task_name} asks for each problem several times (repeats), set repeats: 1.")
-            self.completions[instance.task_name, instance.doc_id] = completion
-            self.cache_hook.add_partial("generate_until", instance.args, completion.text)
+        seconds, decode_seconds = 0.0, 0.0
+        for completion in engine.run(queue, skip=done):
+            if self.store is not None:
+                before = seconds, decode_seconds
+                seconds, decode_seconds = engine.seconds, engine.decode_seconds or 0.0
+                sample = asdict(completion)
+                self.store.add(keys[completion.index], sample, seconds - before[0], decode_seconds - before[1])
+            yield completion
         self.seconds += engine.seconds
         self.decode_seconds += engine.decode_seconds or 0.0
         engine.free()
-        if self.arguments.show_speed:
-            tokens = sum(completion.counted_tokens for completion in self.completions.values())
-            print(f"{tokens} tokens in {self.seconds:.1f} s: {tokens / self.seconds:.1f} tokens/s")
-        return answers
 
     def _engine(self) -> Engine | TransformersEngine:
         arguments = self.arguments
@@ -240,26 +293,70 @@ class FastDLLMv2(TemplateLM):
                 "temperature, or do_sample=False in gen_kwargs."
             )
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
+        """Return the score of each continuation: the exact one in mode ar, the published one in mode diffusion.
+
+        Raises:
+            ValueError: an option that only decoding reads was given.
+        """
+        given, usual = asdict(self.arguments), asdict(HarnessArguments())
+        inert = [name for name in given if name not in READ_BY_LIKELIHOOD and given[name] != usual[name]]
+        if inert:
+            raise ValueError(unused_by_likelihood([f"{name} {given[name]}" for name in inert]))
+        self.likelihood = LIKELIHOODS[self.mode]
+        print(f"log-likelihood: {self.likelihood}", flush=True)
+        self._scored = requests  # what follows gets their tokens alone
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        if self.arguments.reuse_k > 1:
-            raise ValueError(
-                "a log-likelihood task makes no denoising step, so it cannot exercise reuse_k "
-                f"{self.arguments.reuse_k}; use reuse_k 1."
-            )
-        scores, started, size = [], time.perf_counter(), self.arguments.batch_size
-        for start in tqdm(range(0, len(requests), size), desc="log-likelihoods", disable=None):
-            pairs = [(context, target) for _, context, target in requests[start : start + size]]
-            if self.mode == "ar":
-                scores += autoregressive_scores(self.model, pairs)
-            else:
-                scores += masked_scores(self.model, pairs, self.eot_token_id)
-        self.seconds += time.perf_counter() - started
-        return scores
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[Score]:
+        """Score batch by batch; a batch of which a score is missing is run whole, so that no score depends on it."""
+        pairs = [(context, target) for _, context, target in requests]
+        keys = [sample_key(instance, *pair) for instance, pair in zip(self._scored, pairs, strict=True)]
+        scores = {number: (score, is_greedy) for number, (score, is_greedy) in self._kept(keys).items()}
+        size = self.arguments.batch_size
+        with Progress(self._scored, self.tasks, scores, is_hidden=disable_tqdm) as progress:
+            for start in range(0, len(pairs), size):
+                batch = range(start, min(start + size, len(pairs)))
+                missing = [number for number in batch if number not in scores]
+                if not missing:
+                    continue
+                started = time.perf_counter()
+                found = self._score(pairs[start : start + size])
+                elapsed = time.perf_counter() - started
+                self.seconds += elapsed
+                for number in missing:
+                    scores[number] = found[number - start]
+                    if self.store is not None:
+                        self.store.add(keys[number], scores[number], elapsed if number == missing[0] else 0.0)
+                    progress.finish(number, scores[number])
+        return [scores[number] for number in range(len(pairs))]
+
+    def _score(self, pairs: list[Pair]) -> list[Score]:
+        if self.mode == "ar":
+            return autoregressive_scores(self.model, pairs)
+        return masked_scores(self.model, pairs, self.eot_token_id)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         raise ValueError("fast_dllm_v2 has no rolling log-likelihood (nor has the published one); choose another task.")
+
+
+def _problem(instance: Instance) -> tuple[str, int]:
+    return instance.task_name, instance.doc_id
+
+
+def sample_key(instance: Instance, *read: Any) -> Key:
+    """Return what a finished sample is known by: its place in the task, and a digest of what the model reads."""
+    return instance.task_name, instance.doc_id, instance.idx, digest(*read)
+
+
+def unused_by_likelihood(options: list[str]) -> str:
+    """Return the message for options that a log-likelihood task does not read."""
+    return (
+        f"a log-likelihood task generates nothing, so it cannot exercise {', '.join(options)}; leave out, or choose a "
+        "task that generates."
+    )
 
 
 def parse_arguments(arguments: dict[str, Any]) -> HarnessArguments:
@@ -316,29 +413,61 @@ def published_prompt(task: str, prompt: str) -> str:
     return prompt
 
 
-def run_task(lm: FastDLLMv2, task: str, *, limit: int = 0, offline: str = "") -> TaskRun:
-    """Run an lm-eval task (or group) on `lm` with its chat template and return the problems, scored.
+@dataclass(frozen=True, kw_only=True)
+class LoadedTask:
+    """A task or group, with its data."""
+
+    name: str
+    manager: TaskManager
+    members: dict[str, Task]
+    """lm-eval's tasks by name: one, or those of the group."""
+    wanted: list[Any]
+    """What lm-eval is asked to evaluate."""
+
+    @property
+    def is_likelihood(self) -> bool:
+        """Whether any member compares log-likelihoods."""
+        return any(member.OUTPUT_TYPE in LIKELIHOOD_TYPES for member in self.members.values())
+
+
+def load_task(task: str, offline: str = "") -> LoadedTask:
+    """Return an lm-eval task (or group) and its data.
+
+    Args:
+        offline: folder with data laid out by hub id; "": the hub.
+    Raises:
+        ValueError, FileNotFoundError: no such task or data.
+    """
+    manager, wanted = find_task(task, offline)
+    random.seed(0)  # the seeds under which lm-eval loads tasks: some shuffle their choices then
+    np.random.seed(1234)
+    loaded = manager.load([wanted])
+    tops = list(loaded["groups"].values())[:1] or list(loaded["tasks"].values())  # the outermost group comes first
+    return LoadedTask(name=task, manager=manager, members=loaded["tasks"], wanted=tops)
+
+
+def run_task(lm: FastDLLMv2, task: LoadedTask, *, limit: int = 0) -> TaskRun:
+    """Run a task on `lm` with its chat template and return the problems, scored by lm-eval.
 
     Args:
         lm: its `prompt` decides the examples: published is 0-shot for gsm8k and minerva_math; lm_eval, and other tasks,
             take the task's own number.
         limit: problems of each task; 0: all.
-        offline: folder with data laid out by hub id; "": the hub.
     """
-    is_published = lm.arguments.prompt == "published" and any(task.startswith(prefix) for prefix in PUBLISHED_EDITS)
-    manager, wanted = find_task(task, offline)
+    is_published = lm.arguments.prompt == "published" and any(task.name.startswith(name) for name in PUBLISHED_EDITS)
+    lm.tasks = task.members
     results = simple_evaluate(
         model=lm,
-        tasks=[wanted],
+        tasks=task.wanted,
         num_fewshot=0 if is_published else None,
         limit=limit or None,
         bootstrap_iters=0,
         log_samples=True,
         apply_chat_template=True,
         fewshot_as_multiturn=True,
-        task_manager=manager,
+        task_manager=task.manager,
     )
-    return collect(task, results["samples"], lm.final_prompt)
+    return collect(task.name, results["samples"], lm.final_prompt)
 
 
 def find_task(task: str, offline: str = "") -> tuple[TaskManager, str | dict[str, Any]]:

@@ -9,6 +9,7 @@ from fastdllm.model import BlockDiffusionLM
 
 Pair = tuple[list[int], list[int]]  # context, target
 Score = tuple[float, bool]  # log-probability in nats, whether greedy decoding gives the target
+LIKELIHOODS = {"ar": "exact", "diffusion": "first token, published form"}  # what is computed, by mode
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from fastdllm.runtime import write_text
 
 Row = dict[str, Any]
 ROW_FIELDS = (
-    *("cell", "label", "model", "checkpoint_hash", "data_tokens", "engine", "task", "metric", "mode"),
+    *("cell", "label", "model", "checkpoint_hash", "data_tokens", "engine", "task", "metric", "likelihood", "mode"),
     *("policy", "threshold", "reuse_k", "subset", "reuse_mode", "use_block_cache", "sub_block_size", "batch_size"),
     *("num_samples", "accuracy", "accuracy_stderr", "accuracy_by_split", "metrics"),
     *("counted_tokens", "computed_tokens", "prefill_passes", "denoise_passes", "append_passes", "full_passes"),
@@ -49,7 +49,8 @@ class Counts:
     """Denoising passes over the whole block with all layers."""
     layers_run: int | None = None
     seconds: float
-    """Wall time inside the engine, warm-up excluded."""
+    """Wall time inside the engine, warm-up excluded; of a measurement that was killed and went on, the sum over its
+    parts, each up to its last finished sample."""
     decode_seconds: float | None = None
     """`seconds` without prefill."""
 
@@ -146,14 +147,14 @@ def revision(row: Row) -> str:
 
 
 def _policy(row: Row) -> str:
-    if row["policy"] is None:
-        return "log-likelihood"
     number = row["config"].get("policy_parameter")
     return row["policy"] if number is None else f"{row['policy']} {number:g}"
 
 
 def describe_decoding(row: Row) -> str:
     """Return how a row was decoded, in the words of a table: `threshold 0.9, k2 first (output)`."""
+    if row["likelihood"]:
+        return f"log-likelihood, {row['likelihood']}"
     if row["mode"] == "ar":
         return "AR, token by token" if row["engine"] == "fastdllm" else f"AR, {row['engine']}"
     parts = [f"threshold {row['threshold']}" if row["policy"] == "threshold" else _policy(row)]

@@ -1,12 +1,13 @@
 """`evaluate(config)`: one measurement or a grid of them on one checkpoint, one row for each."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from fastdllm.checkpoint import Checkpoint, open_checkpoint
-from fastdllm.cli import to_dict
+from fastdllm.cli import flatten, to_dict
 from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.decoding.reuse import ReuseMode, layer_subset
 from fastdllm.evaluation import harness, sweep
@@ -18,14 +19,21 @@ from fastdllm.evaluation.results import (
     ratios,
     read_row,
     read_rows,
+    write_row,
     write_samples,
 )
-from fastdllm.evaluation.scoring import score
+from fastdllm.evaluation.scoring import TaskRun, score
+from fastdllm.evaluation.store import SampleStore, digest
 from fastdllm.runtime import code_revision, device_name, library_versions, pick_device
 
 DEFAULT_THRESHOLD = 0.9
 NAMED_SUBSETS = ("first", "middle", "last")
 UNUSED_REUSE = ("first", "output")
+DIFFUSION_OPTIONS = ("reuse_k", "subset", "reuse_mode", "grid", "threshold")
+DIFFUSION_OPTIONS += tuple(f"decode.{name}" for name in ("policy", "threshold", "policy_parameter", "sub_block_size"))
+DIFFUSION_OPTIONS += ("decode.use_block_cache", "decode.fuse_append")
+GENERATION_OPTIONS = (*DIFFUSION_OPTIONS, "decode.temperature", "decode.top_p", "engine", "max_new_tokens")
+LIKELIHOOD_UNUSED = (*sweep.DIFFUSION_ONLY, "temperature", "top_p", "seed", "engine", "max_new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,15 +257,24 @@ def resolve_settings(config: EvaluateConfig, checkpoint: Checkpoint) -> sweep.Se
 
 def _check_autoregressive(config: EvaluateConfig, source: str) -> None:
     """Raise ValueError for options that mode ar would silently ignore."""
-    usual = EvaluateConfig()
-    names = ("reuse_k", "subset", "reuse_mode", "grid", "threshold")
-    inert = [name for name in names if getattr(config, name) != getattr(usual, name)]
-    for name in ("policy", "threshold", "policy_parameter", "sub_block_size", "use_block_cache", "fuse_append"):
-        inert += [f"decode.{name}"] if getattr(config.decode, name) != getattr(usual.decode, name) else []
+    inert = _changed(config, DIFFUSION_OPTIONS)
     if inert:
         raise ValueError(
             f"{', '.join(inert)}: nothing in mode ar, which {source} is decoded in; leave out, or adapt it."
         )
+
+
+def _check_likelihood(config: EvaluateConfig) -> None:
+    """Raise ValueError for options that a log-likelihood task would silently ignore."""
+    inert = _changed(config, GENERATION_OPTIONS)
+    if inert:
+        raise ValueError(harness.unused_by_likelihood(inert))
+
+
+def _changed(config: EvaluateConfig, names: Sequence[str]) -> list[str]:
+    """Return the options that differ from their defaults, with their values."""
+    asked, usual = flatten(config), flatten(EvaluateConfig())
+    return [f"{name} {asked[name]}" for name in names if asked[name] != usual[name]]
 
 
 def canonical_subset(subset: str, num_layers: int) -> str:
@@ -270,32 +287,56 @@ def canonical_subset(subset: str, num_layers: int) -> str:
 def measure(
     cell: sweep.Cell, checkpoint: Checkpoint, config: EvaluateConfig, folder: Path, revision: tuple[str, bool]
 ) -> Row:
-    """Run one cell and return its row; the answers go into `<folder>/samples/<cell>.samples.jsonl`."""
+    """Run one cell, write its row and return it; the answers go into `<folder>/samples/<cell>.samples.jsonl`.
+
+    Finished samples are kept in `<cell>.partial.jsonl` until the row is there: a cell that was killed goes on with the
+    missing ones.
+    """
     settings = cell.settings
+    task = harness.load_task(settings["task"], config.offline)
+    if task.is_likelihood:
+        _check_likelihood(config)
+        settings = settings | dict.fromkeys(LIKELIHOOD_UNUSED)
     model = harness.FastDLLMv2(checkpoint=checkpoint, **harness_arguments(settings))
-    result = harness.run_task(model, settings["task"], limit=settings["limit"], offline=config.offline)
+    facts = {
+        "checkpoint_hash": checkpoint.digest,
+        "config_digest": cell.digest,
+        "revision": revision[0],
+        "is_dirty": revision[1],
+        "device": device_name(model.device),
+        "versions": library_versions(),
+    }
+    row_file = folder / "rows" / f"{cell.name}.json"
+    replaced = digest(row_file.read_text()) if row_file.exists() else None  # a row forced again begins anew
+    store = SampleStore(folder / "samples" / f"{cell.name}.partial.jsonl", {**facts, "replaced_row": replaced})
+    model.keep(store)
+    result = harness.run_task(model, task, limit=cell.settings["limit"])
     write_samples(folder / "samples" / f"{cell.name}.samples.jsonl", result.problems, model.completions)
+    row = _make_row(cell, checkpoint, model, result, facts)
+    write_row(folder / "rows", row)  # before the samples go, so that a kill in between costs nothing
+    store.remove()
+    return row
+
+
+def _make_row(
+    cell: sweep.Cell, checkpoint: Checkpoint, model: harness.FastDLLMv2, result: TaskRun, facts: dict[str, Any]
+) -> Row:
     counts = count(model)
-    commit, is_dirty = revision
     does_not_apply = () if model.completions else sweep.GENERATION_ONLY  # log-likelihoods generate nothing
     return make_row(
-        **{name: None if name in does_not_apply else settings[name] for name in sweep.ROW_SETTINGS},
+        **{name: None if name in does_not_apply else cell.settings[name] for name in sweep.ROW_SETTINGS},
         **score([problem["correct"] for problem in result.problems], [problem["split"] for problem in result.problems]),
         **dataclasses.asdict(counts),
         **ratios(counts),
+        **facts,
         cell=cell.name,
         model=checkpoint.portable_source,
-        checkpoint_hash=checkpoint.digest,
         data_tokens=(checkpoint.adaptation.data_tokens or None) if checkpoint.adaptation else None,  # 0: not recorded
         metric=result.metric,
         metrics=result.metrics,
-        device=device_name(model.device),
+        likelihood=model.likelihood,
         dtype=str(model.model.dtype).removeprefix("torch."),
-        revision=commit,
-        is_dirty=is_dirty,
-        versions=library_versions(),
-        config=settings,
-        config_digest=cell.digest,
+        config=cell.settings,
     )
 
 

@@ -61,13 +61,27 @@ def collect(task: str, samples: dict[str, list[dict[str, Any]]], final_prompt: C
 def _primary_metric(task: str, logged: Sequence[tuple[str, dict[str, Any]]]) -> tuple[str, str]:
     """Return the (metric, filter) that a row's accuracy holds: the one named for the task's family, if the task has it,
     else its first."""
-    family = max((name for name in PRIMARY_METRICS if task.startswith(name)), key=len, default=None)
-    if family is not None:
-        metric, filter_name = PRIMARY_METRICS[family]
+    preferred = preferred_metric(task)
+    if preferred is not None:
+        metric, filter_name = preferred
         if any(sample["filter"] == filter_name and metric in sample["metrics"] for _, sample in logged):
             return metric, filter_name
     first = logged[0][1]
     return first["metrics"][0], first["filter"]
+
+
+def preferred_metric(task: str) -> tuple[str, str] | None:
+    """Return the (metric, filter) named for the task's family, None for other tasks."""
+    family = max((name for name in PRIMARY_METRICS if task.startswith(name)), key=len, default=None)
+    return PRIMARY_METRICS[family] if family is not None else None
+
+
+def wilson_interval(correct: float, number: int) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of a proportion. Source: Wilson 1927, the score interval, z = 1.96."""
+    z, share = 1.96, correct / number
+    centre = share + z * z / (2 * number)
+    spread = z * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
+    return (centre - spread) / (1 + z * z / number), (centre + spread) / (1 + z * z / number)
 
 
 def score(correct: Sequence[float], splits: Sequence[str | None]) -> dict[str, Any]:

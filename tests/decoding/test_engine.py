@@ -355,3 +355,33 @@ def test_subsets_are_the_documented_layers():
     for wrong, message in (("frist", "must be first"), ("7,8", "0 to 7")):
         with pytest.raises(ValueError, match=message):
             layer_subset(8, wrong)
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "ar"])
+@pytest.mark.parametrize("kept", [(0, 2, 3), (2,)])
+def test_skipped_requests_change_no_other_answer_and_no_count(byte_tokenizer, mode, kept):
+    model, (prefix, *rest) = make_model(), make_prompts((24, 1, 5, 8, 40))
+    requests = make_requests([prefix + tail for tail in rest])
+    expected, engine = answers(model, byte_tokenizer, requests, mode=mode)
+    skip = set(range(4)) - set(kept)
+    assert sorted(engine.run(requests, skip), key=by_index) == [expected[index] for index in kept]
+    assert sorted(engine.run(requests), key=by_index) == expected  # skipped once, not for ever
+
+
+def test_decode_seconds_leave_out_the_prefill_that_has_ended_by_now(byte_tokenizer):
+    class Event:
+        def __init__(self, has_ended):
+            self.has_ended = has_ended
+
+        def query(self):
+            return self.has_ended
+
+        def elapsed_time(self, end):
+            return 250.0  # milliseconds
+
+    engine = Engine(make_model(), byte_tokenizer)
+    engine.seconds = 1.0
+    engine._prefill_events = [(Event(True), Event(True)), (Event(True), Event(False))]
+    assert engine.decode_seconds == engine.decode_seconds == 0.75
+    engine._prefill_events[0][1].has_ended = True
+    assert engine.decode_seconds == 0.5

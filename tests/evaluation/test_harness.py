@@ -9,8 +9,11 @@ import torch
 from lm_eval.api.instance import Instance
 
 from fastdllm.checkpoint import load_checkpoint
-from fastdllm.evaluation.harness import FastDLLMv2, find_task, published_prompt, run_task
+from fastdllm.decoding.engine import DecodeConfig
+from fastdllm.evaluation import harness
+from fastdllm.evaluation.harness import FastDLLMv2, find_task, load_task, published_prompt, run_task
 from fastdllm.evaluation.likelihood import masked_row
+from fastdllm.evaluation.results import describe_decoding
 from fastdllm.evaluation.run import EvaluateConfig, evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,9 +85,24 @@ def test_sampling_tasks_and_unknown_options_are_errors(adapted):
             model(adapted).generate_until([instance("generate_until", "x", options)])
 
 
-def test_log_likelihood_refuses_reuse(adapted):
-    lm = model(adapted, reuse_k=2, use_block_cache=True)
-    with pytest.raises(ValueError, match="cannot exercise reuse_k 2"):
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"reuse_k": 2, "use_block_cache": True},
+        {"policy": "fixed"},
+        {"threshold": 0.8},
+        {"fuse_append": True},
+        {"small_block_size": 16},
+        {"use_block_cache": True},
+        {"temperature": 0.5},
+        {"max_new_tokens": 7},
+    ],
+)
+def test_log_likelihood_refuses_what_only_decoding_reads_before_the_model_runs(adapted, option, monkeypatch):
+    lm = model(adapted, **option)
+    monkeypatch.setattr(lm.model, "hidden_states", None)  # a call would be a TypeError
+    name, value = next(iter(option.items()))
+    with pytest.raises(ValueError, match=f"cannot exercise.*{name} {value}"):
         lm.loglikelihood([instance("loglikelihood", "a", "b")])
 
 
@@ -122,10 +140,36 @@ def test_autoregressive_likelihood_is_exact(plain):
         assert is_greedy == all(log_probability[i - 1].argmax() == whole[i] for i in target)
 
 
-def test_a_likelihood_task_gives_a_row_without_passes(adapted):
-    row = evaluate(EvaluateConfig(task="toy_letters", limit=2))[0]
+def test_a_likelihood_task_gives_a_row_without_passes_that_says_which_likelihood(adapted, plain, capsys):
+    row = evaluate(EvaluateConfig(task="toy_letters", limit=2, checkpoint=adapted))[0]
     assert row["metric"] == "acc,none" and row["num_samples"] == 2 and row["seconds"] > 0
     assert row["counted_tokens"] is None and row["tokens_per_forward"] is None
+    assert row["likelihood"] == "first token, published form"
+    assert capsys.readouterr().out.count("log-likelihood: first token, published form") == 1
+    assert describe_decoding(row) == "log-likelihood, first token, published form"
+    assert evaluate(EvaluateConfig(task="toy_letters", limit=2, checkpoint=plain))[0]["likelihood"] == "exact"
+    assert evaluate(EvaluateConfig(task="toy_problems", limit=1, checkpoint=plain))[0]["likelihood"] is None
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"reuse_k": 2}, "reuse_k 2"),
+        ({"threshold": 0.7}, "threshold 0.7"),
+        ({"decode": DecodeConfig(policy="fixed", fuse_append=True)}, "decode.policy fixed, decode.fuse_append True"),
+        ({"decode": DecodeConfig(sub_block_size=16)}, "decode.sub_block_size 16"),
+        ({"decode": DecodeConfig(use_block_cache=False)}, "decode.use_block_cache False"),
+        ({"decode": DecodeConfig(temperature=0.5)}, "decode.temperature 0.5"),
+        (
+            {"checkpoint": "plain", "engine": "transformers", "max_new_tokens": 9},
+            "engine transformers, max_new_tokens 9",
+        ),
+    ],
+)
+def test_evaluate_refuses_them_before_the_model_is_there(adapted, plain, option, message, monkeypatch):
+    monkeypatch.setattr(harness, "FastDLLMv2", None)
+    with pytest.raises(ValueError, match=f"log-likelihood task.*cannot exercise {message}"):
+        evaluate(EvaluateConfig(**{"task": "toy_letters", "checkpoint": adapted, **option}))
 
 
 def test_an_unknown_offline_task_names_the_known_ones(adapted, project):
@@ -155,7 +199,7 @@ def test_gsm8k_runs_from_local_files_without_a_network(adapted, offline, monkeyp
         raise AssertionError("something wanted the network")
 
     monkeypatch.setattr("socket.getaddrinfo", refuse)
-    result = run_task(model(adapted, max_new_tokens=4), "gsm8k", limit=2, offline=offline)
+    result = run_task(model(adapted, max_new_tokens=4), load_task("gsm8k", offline), limit=2)
     assert result.metric == "exact_match,flexible-extract" and len(result.problems) == 2
     assert "Please reason step by step" in result.problems[0]["prompt"]
     assert result.problems[0]["prompt"].count("Question:") == 1  # 0-shot
