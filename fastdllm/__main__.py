@@ -80,7 +80,19 @@ def inspect_data(arguments: list[str]) -> None:
     main(arguments)
 
 
-COMMANDS = {"export": export, "convert": convert, "curves": curves, "inspect-data": inspect_data}
+def distill(arguments: list[str]) -> None:
+    from fastdllm.distill import main
+
+    main(arguments)
+
+
+COMMANDS = {
+    "export": export,
+    "convert": convert,
+    "curves": curves,
+    "inspect-data": inspect_data,
+    "distill": distill,
+}
 
 
 def main() -> None:

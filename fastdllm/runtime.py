@@ -122,12 +122,17 @@ def library_versions() -> dict[str, str]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` aside, sync it to disk and rename it into place, so that no reader sees half a file."""
+    """Write `text` as write_bytes does, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write `content` aside, sync it to disk and rename it into place, so that no reader sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with aside.open("w") as file:
-        file.write(text)
+    with aside.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     aside.rename(path)

@@ -3,7 +3,7 @@
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -73,8 +73,10 @@ class MalformedRow(ValueError):
 # ---- reaching the data
 
 
-def check_source(config: SourceConfig) -> None:
-    """Make sure that the data can be reached and, of local files, that the first rows can be read.
+def check_source(config: SourceConfig, *, needs_response: bool = True) -> None:
+    """Make sure that the data can be reached and, of local files, that one of the first rows can be read.
+
+    A row holds a conversation with an answer, or a prompt alone where no response is needed.
 
     Raises:
         FileNotFoundError, ValueError: what is missing, and what to do.
@@ -82,12 +84,12 @@ def check_source(config: SourceConfig) -> None:
     if not config.path:
         raise ValueError("data.path must name a hub dataset or a .jsonl file, got nothing; try --data.path FILE.jsonl.")
     if config.files:
-        _check_files(config)
+        _check_files(config, parse_row if needs_response else parse_prompt)
     else:
         _dataset_builder(config)
 
 
-def _check_files(config: SourceConfig) -> None:
+def _check_files(config: SourceConfig, parse: Callable[[bytes, SourceConfig], Any]) -> None:
     for path in config.files:
         if not path.is_file():
             raise FileNotFoundError(
@@ -97,7 +99,7 @@ def _check_files(config: SourceConfig) -> None:
     problems = []
     for place, row in islice(_file_lines(config.files), ROWS_CHECKED):
         try:
-            parse_row(row, config)
+            parse(row, config)
             break
         except MalformedRow as problem:
             problems.append(f"{place}: {problem}")
@@ -209,6 +211,21 @@ def parse_row(row: bytes | dict[str, Any], config: SourceConfig) -> list[dict[st
     Raises:
         MalformedRow: with the reason.
     """
+    row = _decoded(row)
+    return _through_last(row, config, "assistant", (config.prompt_column, config.response_column, config.system_column))
+
+
+def parse_prompt(row: bytes | dict[str, Any], config: SourceConfig) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """Return the conversation through its last user turn, and the whole row; the response column is not needed.
+
+    Raises:
+        MalformedRow: with the reason.
+    """
+    row = _decoded(row)
+    return _through_last(row, config, "user", (config.prompt_column, config.system_column)), row
+
+
+def _decoded(row: bytes | dict[str, Any]) -> dict[str, Any]:
     if isinstance(row, bytes):
         try:
             row = json.loads(row)
@@ -216,22 +233,29 @@ def parse_row(row: bytes | dict[str, Any], config: SourceConfig) -> list[dict[st
             raise MalformedRow(f"not JSON ({error})") from error
     if not isinstance(row, dict):
         raise MalformedRow(f"a row must be an object, got {type(row).__name__}")
+    return row
+
+
+def _through_last(
+    row: dict[str, Any], config: SourceConfig, role: str, columns: tuple[str, ...]
+) -> list[dict[str, str]]:
+    """Return the row's messages up to the last one of a role; without a column of messages, made from `columns`."""
     messages = row.get(config.messages_column)
     if messages is None:
-        messages = _from_columns(row, config)
+        messages = _from_columns(row, config, columns)
     _check_messages(messages)
-    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        raise MalformedRow("no assistant turn")
-    turns = [{"role": message["role"], "content": message["content"]} for message in messages[: answers[-1] + 1]]
+    ends = [number for number, message in enumerate(messages) if message["role"] == role]
+    if not ends:
+        raise MalformedRow(f"no {role} turn")
+    turns = [{"role": message["role"], "content": message["content"]} for message in messages[: ends[-1] + 1]]
     first = next((turn for turn in turns if turn["role"] == "user"), None)
     if first is not None:
         first["content"] = config.prompt_template.replace("{prompt}", first["content"])
     return turns
 
 
-def _from_columns(row: dict[str, Any], config: SourceConfig) -> list[dict[str, str]]:
-    for column in (config.prompt_column, config.response_column, config.system_column):
+def _from_columns(row: dict[str, Any], config: SourceConfig, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    for column in columns:
         if column and column not in row:
             raise MalformedRow(f"neither {config.messages_column!r} nor {column!r} is among its columns {sorted(row)}")
     prompt = row[config.prompt_column]
@@ -242,6 +266,8 @@ def _from_columns(row: dict[str, Any], config: SourceConfig) -> list[dict[str, s
             f"{config.prompt_column!r} must be a string or a list of messages, got {type(turns).__name__}"
         )
     before = [{"role": "system", "content": system}] if system else []
+    if config.response_column not in columns:
+        return [*before, *turns]
     return [*before, *turns, {"role": "assistant", "content": row[config.response_column]}]
 
 
