@@ -14,7 +14,7 @@ ORDER = (
     ("checkpoint",),
     ("data", "decoding"),
     ("training", "evaluation"),
-    ("demo",),
+    ("demo", "distill"),
     ("__init__", "__main__"),
 )
 DOORS = {
