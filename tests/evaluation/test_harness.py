@@ -9,9 +9,10 @@ import torch
 from lm_eval.api.instance import Instance
 
 from fastdllm.checkpoint import load_checkpoint
+from fastdllm.evaluation.config import EvaluateConfig
 from fastdllm.evaluation.harness import FastDLLMv2, find_task, published_prompt, run_task
 from fastdllm.evaluation.likelihood import masked_row
-from fastdllm.evaluation.run import EvaluateConfig, evaluate
+from fastdllm.evaluation.run import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +54,31 @@ def test_arguments_that_contradict_the_checkpoint_are_errors(adapted, arguments,
         model(adapted, **arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"schedule": "adaptive"}, "schedule adaptive needs reuse_mode delta or attn, got output"),
+        ({"budget": 0.1}, "budget 0.1 does nothing in schedule fixed"),
+        ({"active_rows": "needed", "reuse_k": 2}, "do not go together"),
+        ({"schedule": "sometimes"}, "schedule must be one of fixed, adaptive"),
+        ({"sub_block_size": 0}, "did you mean small_block_size"),
+        ({"small_block_size": 0}, "sub_block_size must be 1 or more"),
+    ],
+)
+def test_what_reuse_and_unmasking_refuse_is_refused_before_the_model_is_loaded(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FastDLLMv2(model_path="not/there", device="cpu", **arguments)
+
+
+def test_every_reuse_option_reaches_the_engine_from_lm_evals_arguments(adapted):
+    adaptive = model(
+        adapted, schedule="adaptive", budget="0.2", layer_subset="1", reuse_mode="delta", use_block_cache=True
+    )
+    reuse = adaptive._engine().reuse
+    assert (reuse.schedule, reuse.budget, reuse.subset, reuse.reuse_mode) == ("adaptive", 0.2, "1", "delta")
+    assert model(adapted, active_rows="needed", use_block_cache=True)._engine().reuse.is_trimmed
+
+
 def test_published_arguments_of_the_checkpoint_are_accepted(adapted):
     lm = model(adapted, bd_size=32, mask_id=load_checkpoint(adapted).mask_token_id, layer_subset="first", reuse_k=1)
     assert lm.mode == "diffusion" and lm.tokenizer_name and lm.chat_template(True)
@@ -82,9 +108,10 @@ def test_sampling_tasks_and_unknown_options_are_errors(adapted):
             model(adapted).generate_until([instance("generate_until", "x", options)])
 
 
-def test_log_likelihood_refuses_reuse(adapted):
-    lm = model(adapted, reuse_k=2, use_block_cache=True)
-    with pytest.raises(ValueError, match="cannot exercise reuse_k 2"):
+@pytest.mark.parametrize("reuse, message", [({"reuse_k": 2}, "reuse_k 2"), ({"active_rows": "needed"}, "rows needed")])
+def test_log_likelihood_refuses_reuse(adapted, reuse, message):
+    lm = model(adapted, use_block_cache=True, **reuse)
+    with pytest.raises(ValueError, match=f"cannot exercise.*{message}"):
         lm.loglikelihood([instance("loglikelihood", "a", "b")])
 
 
