@@ -1,10 +1,14 @@
-"""What this process runs on: device, precision and why, code revision, versions, and files written safely."""
+"""What this process runs on: device, precision and why, code revision, versions; files written safely, and locks."""
 
+import fcntl
 import os
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -136,3 +140,43 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.rename(path)
+
+
+@contextmanager
+def lock_file(path: str | Path) -> Iterator[str]:
+    """Try to lock the file for this process: "" if it is ours while the block runs, else who holds it.
+
+    The lock goes with the process, however that ends. Its holder may delete the file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file, is_ours = _open_locked(path)
+    with file:
+        if is_ours:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+            file.flush()
+            yield ""
+        else:
+            file.seek(0)
+            yield file.read().strip() or "another process"
+
+
+def _open_locked(path: Path) -> tuple[TextIO, bool]:
+    """Return the file, open, and whether this process holds its lock now."""
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file, False
+        if _is_still_at(path, file):
+            return file, True
+        file.close()  # its holder deleted it between our opening and locking it: others would lock a new one
+
+
+def _is_still_at(path: Path, file: TextIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

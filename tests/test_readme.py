@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastdllm.cli import parse
-from fastdllm.evaluation.run import EvaluateConfig
+from fastdllm.evaluation.config import EvaluateConfig
 from fastdllm.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent

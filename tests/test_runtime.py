@@ -1,5 +1,9 @@
 """What the process runs on, and files written safely."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -78,3 +82,31 @@ def test_a_copied_tree_names_its_revision_in_a_file(tmp_path, monkeypatch):
     assert runtime.code_revision() == ("unknown", False)
     (tmp_path / ".revision").write_text("0123abc dirty\n")
     assert runtime.code_revision() == ("0123abc", True)
+
+
+def test_a_locked_file_names_its_holder_and_is_free_again_when_the_holder_is_killed(tmp_path):
+    path = tmp_path / "some" / "lock"
+    code = f"import time, fastdllm.runtime as r\nwith r.lock_file({str(path)!r}) as h: print(h or 'ours', flush=True)"
+    code += "; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "ours\n"
+        with runtime.lock_file(path) as holder:
+            assert holder.startswith(f"process {other.pid} on ")
+        other.kill()
+    with runtime.lock_file(path) as holder:
+        assert holder == ""
+        with runtime.lock_file(path) as second:
+            assert str(os.getpid()) in second
+
+
+def test_a_lock_file_that_its_holder_deleted_locks_nothing(tmp_path, monkeypatch):
+    path, opened = tmp_path / "lock", []
+
+    def flock(file, operation):
+        opened.append(file)
+        if len(opened) == 1:  # the holder lets go between our opening and locking
+            path.unlink()
+
+    monkeypatch.setattr(runtime.fcntl, "flock", flock)
+    with runtime.lock_file(path) as holder:
+        assert holder == "" and len(opened) == 2 and path.exists()

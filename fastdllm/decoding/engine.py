@@ -42,6 +42,25 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset({tokenizer.eos_token_id} | {vocabulary[name] for name in STOP_TOKENS if name in vocabulary})
 
 
+def check_decoding(mode: str, decode: DecodeConfig, reuse: ReuseConfig, *, block_size: int, num_layers: int) -> None:
+    """Raise ValueError for options that the model cannot have, or that do not go together."""
+    if block_size % decode.sub_block_size:
+        raise ValueError(
+            f"decode.sub_block_size must divide the block size ({block_size}), got {decode.sub_block_size}; try 8 or "
+            "16."
+        )
+    reuses = reuse.is_on or reuse.is_trimmed
+    if reuses and (mode == "ar" or not decode.use_block_cache):
+        raise ValueError(
+            f"reuse (reuse_k {reuse.reuse_k}, schedule {reuse.schedule}, active_rows {reuse.active_rows}) needs "
+            "diffusion decoding with use_block_cache true: without the sub-block cache every denoising step is a full "
+            "pass and nothing is ever reused; turn reuse off or the cache on."
+        )
+    if decode.fuse_append and (reuses or mode == "ar"):
+        raise ValueError("decode.fuse_append needs diffusion decoding without reuse; set fuse_append false.")
+    reuse.layers(num_layers)  # refuses a subset that the model does not have
+
+
 class Engine:
     """Owns the slots and their caches; promises that greedy answers do not depend on the batch."""
 
@@ -110,22 +129,10 @@ class Engine:
         return self.reuse.is_on or self.reuse.is_trimmed
 
     def _check(self) -> None:
-        block_size, sub_block_size = self.model.block_size, self.decode.sub_block_size
+        model = self.model
         if self.mode not in ("diffusion", "ar"):
             raise ValueError(f"mode must be diffusion or ar, got {self.mode!r}.")
-        if block_size % sub_block_size:
-            raise ValueError(
-                f"decode.sub_block_size must divide the block size ({block_size}), got {sub_block_size}; try 8 or 16."
-            )
-        if self._reuses and (self.mode == "ar" or not self.decode.use_block_cache):
-            raise ValueError(
-                f"reuse (reuse_k {self.reuse.reuse_k}, schedule {self.reuse.schedule}, active_rows "
-                f"{self.reuse.active_rows}) needs diffusion decoding with use_block_cache true: without the sub-block "
-                "cache every denoising step is a full pass and nothing is ever reused; turn reuse off or the cache on."
-            )
-        if self.decode.fuse_append and (self._reuses or self.mode == "ar"):
-            raise ValueError("decode.fuse_append needs diffusion decoding without reuse; set fuse_append false.")
-        self.reuse.layers(self.model.num_layers)  # refuses a subset that the model does not have
+        check_decoding(self.mode, self.decode, self.reuse, block_size=model.block_size, num_layers=model.num_layers)
         if self.is_graphed and self.model.device.type != "cuda":
             raise ValueError(f"is_graphed needs a model on a GPU, this one is on {self.model.device}.")
         if self.batch_size < 1:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from fastdllm.cli import parse, run
 from fastdllm.data.problems import ProblemsConfig, write_problems
+from fastdllm.evaluation.config import EvaluateConfig
 from fastdllm.evaluation.plots import draw_accuracy
 from fastdllm.evaluation.results import Row, print_table
-from fastdllm.evaluation.run import EvaluateConfig, run_missing
+from fastdllm.evaluation.run import run_missing
 from fastdllm.training.config import TrainConfig
 from fastdllm.training.run import train
 

@@ -26,7 +26,7 @@ from lm_eval.tasks import TaskManager
 from fastdllm.checkpoint import Checkpoint, load_checkpoint
 from fastdllm.decoding.engine import DecodeConfig, Engine
 from fastdllm.decoding.policies import PolicyName
-from fastdllm.decoding.reuse import ReuseConfig, ReuseMode
+from fastdllm.decoding.reuse import ActiveRows, ReuseConfig, ReuseMode, Schedule
 from fastdllm.decoding.rows import Completion, Request
 from fastdllm.evaluation.baseline import TransformersEngine
 from fastdllm.evaluation.likelihood import LIKELIHOODS, Pair, Score, autoregressive_scores, masked_scores
@@ -85,6 +85,12 @@ class HarnessArguments:
     """A name that lm-eval writes beside its results."""
     reuse_mode: ReuseMode = "output"
     """What stands in for a reused layer."""
+    schedule: Schedule = "fixed"
+    """fixed: refreshes by reuse_k; adaptive: by how much has changed, against budget."""
+    budget: float = 0.0
+    """Schedule adaptive: the summed relative change up to which layers are reused, 0 or more."""
+    active_rows: ActiveRows = "all"
+    """Rows that a sub-block step computes; needed: only those that can change (not with reused layers)."""
     mode: Literal["auto", "ar", "diffusion"] = "auto"
     """auto: diffusion for adapted checkpoints, ar for others."""
     engine: Literal["fastdllm", "transformers"] = "fastdllm"
@@ -100,6 +106,32 @@ class HarnessArguments:
     seed: int = 0
     """Seed of sampling; problem i draws from seed + i."""
 
+    @property
+    def decode(self) -> DecodeConfig:
+        """How blocks are unmasked."""
+        return DecodeConfig(
+            sub_block_size=self.small_block_size,
+            policy=self.policy,
+            threshold=self.threshold,
+            policy_parameter=self.policy_parameter,
+            fuse_append=self.fuse_append,
+            use_block_cache=self.use_block_cache,
+            temperature=self.temperature,
+            top_p=self.top_p,
+        )
+
+    @property
+    def reuse(self) -> ReuseConfig:
+        """What is reused, and when."""
+        return ReuseConfig(
+            reuse_k=self.reuse_k,
+            schedule=self.schedule,
+            budget=self.budget,
+            subset=self.layer_subset.replace("+", ","),
+            reuse_mode=self.reuse_mode,
+            active_rows=self.active_rows,
+        )
+
 
 @register_model("fast_dllm_v2")
 class FastDLLMv2(TemplateLM):
@@ -113,6 +145,7 @@ class FastDLLMv2(TemplateLM):
     def __init__(self, checkpoint: Checkpoint | None = None, **arguments: Any):
         super().__init__()
         self.arguments = parse_arguments(arguments)
+        self.decoding, self.reuse = self.arguments.decode, self.arguments.reuse  # refused before the model is loaded
         self._device = pick_device(self.arguments.device)
         self.dtype = pick_dtype(self.arguments.dtype, self._device)
         self.checkpoint = checkpoint or load_checkpoint(
@@ -249,21 +282,8 @@ class FastDLLMv2(TemplateLM):
             self.model,
             self.tokenizer,
             mode=self.mode,
-            decode=DecodeConfig(
-                sub_block_size=arguments.small_block_size,
-                policy=arguments.policy,
-                threshold=arguments.threshold,
-                policy_parameter=arguments.policy_parameter,
-                fuse_append=arguments.fuse_append,
-                use_block_cache=arguments.use_block_cache,
-                temperature=arguments.temperature,
-                top_p=arguments.top_p,
-            ),
-            reuse=ReuseConfig(
-                reuse_k=arguments.reuse_k,
-                subset=arguments.layer_subset.replace("+", ","),
-                reuse_mode=arguments.reuse_mode,
-            ),
+            decode=self.decoding,
+            reuse=self.reuse,
             batch_size=arguments.batch_size,
         )
 

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from fastdllm.evaluation.results import Row, caption, check_one_revision
+from fastdllm.evaluation.results import Row, caption, check_one_revision, when_reused
 from fastdllm.masks import CLEAN, dense_attention_mask, training_attention, training_rows
 
 AXES = (
@@ -70,8 +70,8 @@ def _draw_axes(axes: Axes, rows: Sequence[Row], field: str) -> None:
 def _short(row: Row) -> str:
     if row["mode"] == "ar":
         return "AR baseline" if row["engine"] == "fastdllm" else f"AR baseline ({row['engine']})"
-    if row["reuse_k"] and row["reuse_k"] > 1:
-        return f"k{row['reuse_k']} {row['subset']}"
+    if row["subset"]:
+        return f"{when_reused(row)} {row['subset']}"
     return f"threshold {row['threshold']}"
 
 

@@ -23,8 +23,19 @@ ROW_FIELDS = (
     *("layers_run", "tokens_per_forward", "tokens_per_second", "decode_tokens_per_second", "seconds"),
     *("decode_seconds", "device", "dtype", "revision", "is_dirty", "versions", "config", "config_digest"),
 )
+ADDED_FIELDS = {"likelihood": None}  # which rows from before them lack, with what was true then
 COLUMNS = ("model", "tokens seen", "decoding", "accuracy", "tokens per forward", "tokens/s", "decode tokens/s")
-VARYING_SETTINGS = ("sub_block_size", "temperature", "max_new_tokens", "prompt", "batch_size", "device", "dtype")
+VARYING_SETTINGS = (
+    "task",
+    "sub_block_size",
+    "temperature",
+    "max_new_tokens",
+    "prompt",
+    "batch_size",
+    "device",
+    "dtype",
+)
+REPEATED = ("checkpoint_hash", "num_samples", "device", "dtype", "revision", "is_dirty")  # the same in all repeats
 SUBSET_ORDER = ("", "first", "middle", "last")
 PIPE_WIDTH = 120  # columns where the output is no terminal
 
@@ -114,6 +125,7 @@ def read_row(path: str | Path) -> Row | None:
         row = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not a row ({error}); delete it and evaluate again.") from None
+    row = ADDED_FIELDS | row
     missing = [name for name in ROW_FIELDS if name not in row]
     if missing:
         raise ValueError(f"{path} lacks the row fields {', '.join(missing)}; delete it and evaluate again.")
@@ -160,28 +172,70 @@ def describe_decoding(row: Row) -> str:
     parts = [f"threshold {row['threshold']}" if row["policy"] == "threshold" else _policy(row)]
     if row["reuse_k"] == 1:
         parts.append("k1 (no reuse)")
-    elif row["reuse_k"]:
-        parts.append(f"k{row['reuse_k']} {row['subset']} ({row['reuse_mode']})")
+    else:
+        parts.append(f"{when_reused(row)} {row['subset']} ({row['reuse_mode']})")
+    if row["config"].get("active_rows") == "needed":
+        parts.append("active rows needed")
     if not row["use_block_cache"]:
         parts.append("no sub-block cache")
     return ", ".join(parts)
 
 
+def when_reused(row: Row) -> str:
+    """Return the schedule of a row that reuses layers: `k2`, or `adaptive 0.1` with its budget."""
+    is_adaptive = row["config"].get("schedule") == "adaptive"
+    return f"adaptive {row['config']['budget']}" if is_adaptive else f"k{row['reuse_k']}"
+
+
+def repeats_of(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the rows in groups that differ in `repeat` and in what was measured, in the order of their first rows."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        settings = {name: value for name, value in row["config"].items() if name != "repeat"}
+        key = json.dumps([settings, *(row[name] for name in REPEATED)], sort_keys=True)
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
 def table_lines(rows: Sequence[Row], show_mixed_revisions: bool = False) -> list[list[str]]:
-    """Return a header and one line per row, all text. Raises ValueError for rows of mixed revisions."""
+    """Return a header and one line per row, all text; repeats of a cell are one line, with mean and spread.
+
+    Raises ValueError for rows of mixed revisions.
+    """
     check_one_revision(rows, show_mixed_revisions)
-    varying = {name: [(row["config"] or {}).get(name) for row in rows] for name in VARYING_SETTINGS}
-    varying |= {"problems": [row["num_samples"] for row in rows], "revision": [revision(row) for row in rows]}
+    groups = repeats_of(rows)
+    firsts = [group[0] for group in groups]
+    varying = {name: [row["config"].get(name) for row in firsts] for name in VARYING_SETTINGS}
+    varying |= {"problems": [row["num_samples"] for row in firsts], "revision": [revision(row) for row in firsts]}
     varying = {name: values for name, values in varying.items() if len({*values} - {None}) > 1}  # else in the caption
+    if len(rows) > len(groups):
+        varying["repeats"] = [len(group) for group in groups]
     lines = [[*COLUMNS, *varying]]
-    for number, row in enumerate(rows):
+    for number, group in enumerate(groups):
+        row = group[0]
         tokens = "-" if row["data_tokens"] is None else f"{row['data_tokens']:,}"
-        accuracy = f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_stderr']:.1f} %"
-        speeds = [_number(row["tokens_per_forward"], 2)]
-        speeds += [_number(row[name]) for name in ("tokens_per_second", "decode_tokens_per_second")]
-        line = [row["label"], tokens, describe_decoding(row), accuracy, *speeds]
+        speeds = [_spread(group, "tokens_per_forward", 2)]
+        speeds += [_spread(group, name) for name in ("tokens_per_second", "decode_tokens_per_second")]
+        line = [row["label"], tokens, describe_decoding(row), _accuracy(group), *speeds]
         lines.append(line + ["-" if values[number] is None else str(values[number]) for values in varying.values()])
     return lines
+
+
+def _accuracy(group: Sequence[Row]) -> str:
+    """Return the accuracy with its standard error, or mean and spread where repeats differ."""
+    values = [100 * row["accuracy"] for row in group]
+    if len(set(values)) > 1:
+        return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f}) %"
+    return f"{values[0]:.1f} ± {100 * group[0]['accuracy_stderr']:.1f} %"
+
+
+def _spread(group: Sequence[Row], name: str, decimals: int = 1) -> str:
+    """Return the value that all have, or `mean (least to most)`; "-" where one has none."""
+    values = [row[name] for row in group]
+    if None in values or len(set(values)) == 1:
+        return _number(None if None in values else values[0], decimals)
+    mean = sum(values) / len(values)
+    return f"{_number(mean, decimals)} ({_number(min(values), decimals)} to {_number(max(values), decimals)})"
 
 
 def _number(value: float | None, decimals: int = 1) -> str:
@@ -190,11 +244,12 @@ def _number(value: float | None, decimals: int = 1) -> str:
 
 def caption(rows: Sequence[Row]) -> str:
     """Return where and on what the rows were measured, in one line."""
-    facts = [sorted({str(row[name]) for row in rows}) for name in ("task", "metric", "device", "dtype", "batch_size")]
-    task, metric, device, dtype, batch_size = [", ".join(values) for values in facts]
+    values = [sorted({str(row[name]) for row in rows}) for name in ("task", "metric", "device", "dtype", "batch_size")]
+    task, metric, device, dtype, batch_size = [", ".join(each) for each in values]
     samples = ", ".join(str(number) for number in sorted({row["num_samples"] for row in rows}))
     commits = ", ".join(sorted({revision(row) for row in rows}))
-    return f"{task} ({metric}), {samples} problems, {device}, {dtype}, batch size {batch_size}, revision {commits}"
+    facts = f"{task} ({metric}), {samples} problems, {device}, {dtype}, batch size {batch_size}, revision {commits}"
+    return facts + ("; repeats: mean (least to most)" if len(rows) > len(repeats_of(rows)) else "")
 
 
 def print_table(rows: Sequence[Row], show_mixed_revisions: bool = False) -> None:

@@ -1,7 +1,6 @@
 """Going on in a run folder: its lock, its config, and the saving of its checkpoints."""
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 
 from fastdllm.cli import flatten, to_dict
+from fastdllm.runtime import lock_file
 from fastdllm.training.clock import Clock
 from fastdllm.training.module import AdaptModule
 from fastdllm.training.requeue import StopOnSignal
@@ -52,19 +52,9 @@ def locked(run: Path) -> Iterator[None]:
     Raises:
         RuntimeError: another process holds it.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK_FILE).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise RuntimeError(
-                f"{run} is in use by process {file.read().strip() or 'unknown'}; wait for it, or give this run another "
-                "--name."
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
+    with lock_file(run / LOCK_FILE) as holder:
+        if holder:
+            raise RuntimeError(f"{run} is in use by {holder}; wait for it, or give this run another --name.")
         yield
 
 

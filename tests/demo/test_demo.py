@@ -9,7 +9,8 @@ def row(settings, **fields):
     counts = Counts(counted_tokens=60, denoise_passes=30, seconds=1.0)
     facts = {"cell": "x", "label": settings.checkpoint, "mode": "diffusion", "policy": "threshold", "threshold": 0.9}
     facts |= {"use_block_cache": True, "engine": "fastdllm", "revision": "abc", "is_dirty": False, "seconds": 1.0}
-    facts |= {"counted_tokens": 60, "denoise_passes": 30}
+    facts |= {"counted_tokens": 60, "denoise_passes": 30, "reuse_k": 1}
+    facts |= {"config": {name: getattr(settings, name) for name in ("checkpoint", "threshold", "grid")}}
     return make_row(**facts | ratios(counts) | score([1, 0], [None, None]) | fields)
 
 

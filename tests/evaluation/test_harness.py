@@ -11,10 +11,11 @@ from lm_eval.api.instance import Instance
 from fastdllm.checkpoint import load_checkpoint
 from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.evaluation import harness
+from fastdllm.evaluation.config import EvaluateConfig
 from fastdllm.evaluation.harness import FastDLLMv2, find_task, load_task, published_prompt, run_task
 from fastdllm.evaluation.likelihood import masked_row
 from fastdllm.evaluation.results import describe_decoding
-from fastdllm.evaluation.run import EvaluateConfig, evaluate
+from fastdllm.evaluation.run import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +55,31 @@ def test_prompt_lm_eval_leaves_the_cue(adapted):
 def test_arguments_that_contradict_the_checkpoint_are_errors(adapted, arguments, message):
     with pytest.raises(ValueError, match=message):
         model(adapted, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"schedule": "adaptive"}, "schedule adaptive needs reuse_mode delta or attn, got output"),
+        ({"budget": 0.1}, "budget 0.1 does nothing in schedule fixed"),
+        ({"active_rows": "needed", "reuse_k": 2}, "do not go together"),
+        ({"schedule": "sometimes"}, "schedule must be one of fixed, adaptive"),
+        ({"sub_block_size": 0}, "did you mean small_block_size"),
+        ({"small_block_size": 0}, "sub_block_size must be 1 or more"),
+    ],
+)
+def test_what_reuse_and_unmasking_refuse_is_refused_before_the_model_is_loaded(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FastDLLMv2(model_path="not/there", device="cpu", **arguments)
+
+
+def test_every_reuse_option_reaches_the_engine_from_lm_evals_arguments(adapted):
+    adaptive = model(
+        adapted, schedule="adaptive", budget="0.2", layer_subset="1", reuse_mode="delta", use_block_cache=True
+    )
+    reuse = adaptive._engine().reuse
+    assert (reuse.schedule, reuse.budget, reuse.subset, reuse.reuse_mode) == ("adaptive", 0.2, "1", "delta")
+    assert model(adapted, active_rows="needed", use_block_cache=True)._engine().reuse.is_trimmed
 
 
 def test_published_arguments_of_the_checkpoint_are_accepted(adapted):
@@ -96,6 +122,7 @@ def test_sampling_tasks_and_unknown_options_are_errors(adapted):
         {"use_block_cache": True},
         {"temperature": 0.5},
         {"max_new_tokens": 7},
+        {"active_rows": "needed", "use_block_cache": True},
     ],
 )
 def test_log_likelihood_refuses_what_only_decoding_reads_before_the_model_runs(adapted, option, monkeypatch):

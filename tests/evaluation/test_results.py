@@ -87,6 +87,37 @@ def test_the_table_names_model_tokens_and_decoding(capsys):
     assert text.count("\n| ") == 5 and "cpu, float32" in text and "4 problems" in text
 
 
+def test_adaptive_reuse_and_active_rows_are_named_where_they_are_unusual():
+    adaptive = cell(schedule="adaptive", budget=0.1, reuse_mode="delta", subset="last")
+    rows = [fake_row(one) for one in (adaptive, cell(active_rows="needed"), cell(reuse_k=2, active_rows="needed"))]
+    assert [line[2] for line in table_lines(rows)[1:]] == [
+        "threshold 0.9, adaptive 0.1 last (delta)",
+        "threshold 0.9, k1 (no reuse), active rows needed",
+        "threshold 0.9, k2 first (output)",
+    ]
+
+
+def test_repeats_of_a_cell_are_one_line_with_mean_and_spread():
+    again = [fake_row(cell(repeat=number), tokens_per_second=speed) for number, speed in ((1, 15.0), (2, 21.0))]
+    header, line, other = table_lines([*again, fake_row(cell(reuse_k=2))])
+    assert line[3:6] == ["75.0 ± 21.7 %", "2.00", "18.0 (15.0 to 21.0)"]
+    assert header[-1] == "repeats" and (line[-1], other[-1]) == ("2", "1") and other[5] == "15.0"
+    again[1]["accuracy"] = 0.5
+    assert table_lines(again)[1][3] == "62.5 (50.0 to 75.0) %"
+    assert "repeats: mean" in markdown_table(again) and "repeats" not in markdown_table(again[:1])
+
+
+def test_rows_of_two_devices_or_checkpoints_are_no_repeats_of_one_another():
+    for change in ({"device": "other"}, {"checkpoint_hash": "other"}, {"revision": "fedcba9876543210"}):
+        lines = table_lines([fake_row(cell()), fake_row(cell(repeat=2), **change)], show_mixed_revisions=True)
+        assert len(lines) == 3 and "repeats" not in lines[0]
+
+
+def test_rows_of_two_tasks_say_which():
+    lines = table_lines([fake_row(cell()), fake_row(cell(task="other"))])
+    assert [line[-1] for line in lines] == ["task", "toy", "other"]
+
+
 def test_the_figure_is_a_small_png(tmp_path):
     path = draw_accuracy(rows(), tmp_path / "figure.png")
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 200_000

@@ -1,16 +1,20 @@
 import dataclasses
 import json
-import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from fastdllm.checkpoint import load_checkpoint
 from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.evaluation import run
+from fastdllm.evaluation.config import AxesConfig, EvaluateConfig
 from fastdllm.evaluation.results import ROW_FIELDS, read_rows
-from fastdllm.evaluation.run import EvaluateConfig, canonical_subset, evaluate, newest_export, resolve_settings
+from fastdllm.evaluation.run import evaluate
 
 from .rows import fake_row
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_newest_export_is_taken_and_evaluated_on_its_task(adapted, project, capsys):
@@ -27,20 +31,6 @@ def test_newest_export_is_taken_and_evaluated_on_its_task(adapted, project, caps
     assert set(rows[0]["accuracy_by_split"]) == {"a", "b"}
     samples = (project / "runs" / "tried" / "samples" / f"{rows[0]['cell']}.samples.jsonl").read_text().splitlines()
     assert len(samples) == 2 and "response" in json.loads(samples[0])
-
-
-def test_without_any_export_the_error_says_what_to_do(project):
-    with pytest.raises(FileNotFoundError, match="train.py --config configs/demo.yaml"):
-        newest_export()
-
-
-def test_newest_export_is_by_time_not_by_name(project):
-    for name, when in (("b", 1_000), ("a", 2_000)):
-        folder = project / "runs" / name / "export"
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
-        os.utime(folder / "config.json", (when, when))
-    assert newest_export().parent.name == "a"
 
 
 def test_plain_checkpoint_is_decoded_autoregressively_and_never_by_diffusion(plain):
@@ -79,11 +69,7 @@ def test_second_run_measures_nothing_and_force_measures_again(adapted, project, 
     assert len(read_rows(project / "runs" / "tried" / "rows")) == 1
 
 
-def test_grid_makes_seven_rows_and_shows_nine_cells(adapted, project, capsys, monkeypatch):
-    def measure(cell, checkpoint, config, folder, revision):
-        return fake_row(cell, checkpoint_hash=checkpoint.digest)
-
-    monkeypatch.setattr(run, "measure", measure)
+def test_grid_makes_seven_rows_and_shows_nine_cells(adapted, capsys, measured):
     config = EvaluateConfig(grid=True)
     assert len(evaluate(config)) == 7
     capsys.readouterr()
@@ -98,21 +84,72 @@ def test_grid_makes_seven_rows_and_shows_nine_cells(adapted, project, capsys, mo
         evaluate(dataclasses.replace(config, force="k4_first"))
 
 
-def test_thresholds_given_in_two_ways_must_agree():
-    with pytest.raises(ValueError, match="contradicts"):
-        EvaluateConfig(threshold=0.5, decode=DecodeConfig(threshold=0.7))
-    assert EvaluateConfig(threshold=0.7, decode=DecodeConfig(threshold=0.7)).threshold == 0.7
+@pytest.fixture
+def measured(monkeypatch):
+    """The cells that were measured, without a model: their rows are made up."""
+    cells = []
+
+    def measure(cell, checkpoint, config, folder, revision):
+        cells.append(cell)
+        return fake_row(cell, checkpoint_hash=checkpoint.digest)
+
+    monkeypatch.setattr(run, "measure", measure)
+    return cells
 
 
-def test_each_form_of_the_threshold_wins_in_its_turn(adapted):
-    checkpoint = load_checkpoint(adapted)  # remembers 0.8
-    for changes, threshold in (
-        ({}, 0.8),
-        ({"decode": DecodeConfig(threshold=0.6)}, 0.6),
-        ({"threshold": 0.9}, 0.9),
-        ({"threshold": 1.0}, 1.0),
-    ):
-        assert resolve_settings(EvaluateConfig(**changes), checkpoint)["threshold"] == threshold
+def test_axes_and_repeats_run_in_order_are_shown_by_status_and_resumed(adapted, capsys, measured):
+    config = EvaluateConfig(axes=AxesConfig(threshold=[0.7, 0.8], batch_size=[1, 32]), repeat=2)
+    evaluate(dataclasses.replace(config, dry_run=True))
+    planned = [line.split()[2] for line in capsys.readouterr().out.splitlines() if line.startswith("would run")]
+    assert len(evaluate(config)) == 8
+    assert [cell.name for cell in measured] == planned
+    assert [cell.settings["repeat"] for cell in measured] == [1] * 4 + [2] * 4
+    capsys.readouterr()
+    evaluate(dataclasses.replace(config, status=True, repeat=3))
+    assert "8 of 12 measurements done" in capsys.readouterr().out
+    evaluate(dataclasses.replace(config, axes=AxesConfig(threshold=[0.7, 0.9], batch_size=[1, 32])))
+    assert [cell.settings["threshold"] for cell in measured[8:]] == [0.9] * 4
+    evaluate(dataclasses.replace(config, force=planned[2]))
+    assert [cell.name for cell in measured[12:]] == [planned[2]]
+
+
+def test_several_checkpoints_are_measured_one_after_the_other(adapted, plain, project, measured):
+    axes = AxesConfig(checkpoint=[adapted, plain], task=["toy_problems"], threshold=[0.7, 0.8])
+    rows = evaluate(EvaluateConfig(axes=axes, repeat=2, force="ar"))
+    assert [(row["label"], row["threshold"]) for row in rows] == [
+        ("tried", 0.7), ("tried", 0.8), ("tried", 0.7), ("tried", 0.8), ("plain", None), ("plain", None),
+    ]  # fmt: skip
+    assert [cell.settings["label"] for cell in measured] == ["tried"] * 4 + ["plain"] * 2
+    assert [len(read_rows(project / "runs" / name / "rows")) for name in ("tried", "plain")] == [4, 2]
+
+
+def test_nothing_runs_if_one_value_cannot_be(adapted, measured):
+    with pytest.raises(ValueError, match="must divide the block size"):
+        evaluate(EvaluateConfig(axes=AxesConfig(sub_block_size=[8, 12])))
+    assert not measured
+
+
+def test_adaptive_reuse_reaches_the_engine_and_names_its_rows(adapted):
+    config = EvaluateConfig(limit=1, decode=DecodeConfig(threshold=1.0), schedule="adaptive", reuse_mode="delta")
+    none, much = evaluate(dataclasses.replace(config, axes=AxesConfig(budget=[0.0, 9.0])))
+    assert "adaptive_0.0_first" in none["cell"] and "adaptive_9.0_first" in much["cell"]
+    assert much["layers_run"] / much["denoise_passes"] < none["layers_run"] / none["denoise_passes"]
+
+
+@pytest.mark.slow
+def test_two_processes_of_evaluate_py_measure_every_cell_once(adapted, project):
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--limit", "1", "--max_new_tokens", "8"]
+    command += ["--axes.threshold", "[0.7,0.9]", "--axes.reuse_k", "[1,2]"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = ""
+    for process in processes:
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        printed += output
+    rows = read_rows(project / "runs" / "tried" / "rows")
+    assert len(rows) == 4
+    written = [Path(line.split()[1]).stem for line in printed.splitlines() if line.startswith("wrote ")]
+    assert sorted(written) == sorted(row["cell"] for row in rows)
 
 
 def test_another_policy_reaches_the_engine_and_names_its_row(adapted, project, capsys):
@@ -129,25 +166,3 @@ def test_another_policy_reaches_the_engine_and_names_its_row(adapted, project, c
     assert one["denoise_passes"] > row["denoise_passes"]
     with pytest.raises(ValueError, match="threshold 0.5 does nothing with decode.policy fixed"):
         EvaluateConfig(threshold=0.5, decode=decode)
-
-
-def test_a_list_that_is_a_named_subset_gets_its_name():
-    assert canonical_subset("3,1,2", 8) == "first"
-    assert canonical_subset("5,2", 8) == "2,5"
-    assert canonical_subset("last", 8) == "last"
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"reuse_k": 2, "decode": DecodeConfig(use_block_cache=False)},
-        {"grid": True, "subset": "last"},
-        {"threshold": 1.5},
-        {"batch_size": 0},
-        {"grid": True, "reuse_k": 2},
-        {"engine": "transformers", "mode": "diffusion"},
-    ],
-)
-def test_contradictions_are_refused(changes):
-    with pytest.raises(ValueError):
-        EvaluateConfig(**changes)

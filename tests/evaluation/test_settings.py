@@ -1,0 +1,116 @@
+"""Checkpoints, run folders, and what decides a measurement."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fastdllm.checkpoint import load_checkpoint
+from fastdllm.decoding.engine import DecodeConfig
+from fastdllm.evaluation.config import AxesConfig, EvaluateConfig
+from fastdllm.evaluation.settings import canonical_subset, make_plans, newest_export, resolve_settings
+from fastdllm.evaluation.sweep import cell_state
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_without_any_export_the_error_says_what_to_do(project):
+    with pytest.raises(FileNotFoundError, match="train.py --config configs/demo.yaml"):
+        newest_export()
+
+
+def test_newest_export_is_by_time_not_by_name(project):
+    for name, when in (("b", 1_000), ("a", 2_000)):
+        folder = project / "runs" / name / "export"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        os.utime(folder / "config.json", (when, when))
+    assert newest_export().parent.name == "a"
+
+
+def test_each_form_of_the_threshold_wins_in_its_turn(adapted):
+    checkpoint = load_checkpoint(adapted)  # remembers 0.8
+    for changes, threshold in (
+        ({}, 0.8),
+        ({"decode": DecodeConfig(threshold=0.6)}, 0.6),
+        ({"threshold": 0.9}, 0.9),
+        ({"threshold": 1.0}, 1.0),
+    ):
+        assert resolve_settings(EvaluateConfig(**changes), checkpoint)["threshold"] == threshold
+
+
+def test_a_list_that_is_a_named_subset_gets_its_name():
+    assert canonical_subset("3,1,2", 8) == "first"
+    assert canonical_subset("5,2", 8) == "2,5"
+    assert canonical_subset("last", 8) == "last"
+
+
+def cells(**changes):
+    return [cell for plan in make_plans(EvaluateConfig(device="cpu", **changes)) for cell in plan.cells]
+
+
+def test_the_bundled_rows_are_done(project, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for changes, count in (({"grid": True}, 7), ({"threshold": 1.0}, 1)):
+        config = EvaluateConfig(checkpoint="data/tiny-adapted", device="cpu", **changes)
+        (plan,) = make_plans(config)
+        folder = ROOT / "data" / "tiny-adapted" / "rows"
+        states = [cell_state(cell, folder, plan.checkpoint.digest) for cell in plan.cells]
+        assert states == ["done"] * count
+
+
+def test_axes_stand_in_for_the_settings_and_the_export_gives_the_rest(adapted):
+    made = cells(axes=AxesConfig(batch_size=[1, 8], task=["toy_problems", "toy_letters"]))
+    assert [(one.settings["task"], one.settings["batch_size"]) for one in made] == [
+        ("toy_problems", 1), ("toy_problems", 8), ("toy_letters", 1), ("toy_letters", 8),
+    ]  # fmt: skip
+    assert {one.settings["threshold"] for one in made} == {0.8}  # remembered
+    made = cells(axes=AxesConfig(threshold=[0.5, 1.0], policy=["threshold", "factor", "fixed"]))
+    chosen = ("policy", "threshold", "policy_parameter")
+    assert [tuple(one.settings[name] for name in chosen) for one in made] == [
+        ("threshold", 0.5, None), ("threshold", 1.0, None), ("factor", None, 1.0), ("fixed", None, 2.0),
+    ]  # fmt: skip
+
+
+def test_adaptive_reuse_and_active_rows_name_their_cells(adapted):
+    adaptive = {"schedule": "adaptive", "reuse_mode": "delta", "subset": "1"}
+    made = cells(**adaptive, axes=AxesConfig(budget=[0.05, 0.1]))
+    assert [one.grid_names[0] for one in made] == ["adaptive_0.05_first", "adaptive_0.1_first"]
+    assert all("reuse_mode=delta" in one.name and one.settings["reuse_k"] is None for one in made)
+    made = cells(axes=AxesConfig(reuse_k=[1, 2], active_rows=["all", "needed"]))
+    assert [(one.settings["reuse_k"], one.settings["active_rows"]) for one in made] == [
+        (1, "all"), (1, "needed"), (2, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"axes": AxesConfig(sub_block_size=[8, 12])}, "sub_block_size must divide the block size.*got 12"),
+        ({"axes": AxesConfig(subset=["first"])}, "subset first: without effect in any cell"),
+        ({"axes": AxesConfig(policy=["factor"], threshold=[0.5])}, "threshold 0.5: without effect"),
+        ({"axes": AxesConfig(budget=[0.1])}, "budget 0.1: without effect"),
+        ({"budget": 0.1, "axes": AxesConfig(batch_size=[1])}, "budget 0.1: without effect"),
+        ({"active_rows": "needed", "axes": AxesConfig(reuse_k=[2, 3])}, "active_rows needed: without effect"),
+        ({"reuse_k": 2, "axes": AxesConfig(subset=["first", "nowhere"])}, "subset must be first, middle.*'nowhere'"),
+        ({"reuse_k": 2, "axes": AxesConfig(subset=["9"])}, "must name layers from 0 to"),
+        ({"schedule": "adaptive", "axes": AxesConfig(reuse_mode=["delta", "output"])}, "needs reuse_mode delta or"),
+        ({"schedule": "adaptive", "reuse_mode": "attn", "subset": "0"}, "leave layer 0 out"),
+        ({"grid": True, "decode": DecodeConfig(fuse_append=True)}, "fuse_append needs diffusion decoding without"),
+    ],
+)
+def test_values_that_cannot_be_or_change_nothing_are_refused_before_anything_runs(adapted, changes, message):
+    with pytest.raises(ValueError, match=message):
+        cells(**changes)
+
+
+def test_several_checkpoints_follow_one_another_and_the_plain_one_is_one_cell(adapted, plain):
+    axes = AxesConfig(checkpoint=[plain, adapted], reuse_k=[1, 2], task=["toy_problems"])
+    plans = make_plans(EvaluateConfig(device="cpu", axes=axes))
+    names = [[cell.grid_names[0] for cell in plan.cells] for plan in plans]
+    assert names == [["ar"], ["k1_first", "k2_first"]]
+    assert [plan.folder.name for plan in plans] == ["plain", "tried"]
+    with pytest.raises(ValueError, match="both called tried"):
+        make_plans(EvaluateConfig(device="cpu", axes=AxesConfig(checkpoint=[adapted, adapted])))
+    with pytest.raises(ValueError, match="threshold 0.5: without effect in mode ar, which .*plain is decoded in"):
+        make_plans(EvaluateConfig(device="cpu", axes=AxesConfig(checkpoint=[plain], task=["x"], threshold=[0.5])))
