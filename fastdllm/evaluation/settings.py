@@ -11,7 +11,7 @@ from fastdllm.cli import flatten, to_dict
 from fastdllm.decoding.engine import DecodeConfig, check_decoding
 from fastdllm.decoding.policies import DEFAULT_THRESHOLD, resolve_parameter
 from fastdllm.decoding.reuse import layer_subset
-from fastdllm.evaluation import harness
+from fastdllm.evaluation.arguments import parse_arguments, pick_dtype, resolve_mode, unused_by_likelihood
 from fastdllm.evaluation.config import AxesConfig, EvaluateConfig, given, varied
 from fastdllm.evaluation.sweep import DIFFUSION_ONLY, Cell, Settings, make_cell, make_cells, points
 from fastdllm.runtime import pick_device
@@ -67,7 +67,7 @@ def by_checkpoint(config: EvaluateConfig) -> list[EvaluateConfig]:
 
 def _make_plan(config: EvaluateConfig) -> Plan:
     source, device = source_of(config), pick_device(config.device)
-    checkpoint = open_checkpoint(source, dtype=harness.pick_dtype(config.dtype, device), device=device)
+    checkpoint = open_checkpoint(source, dtype=pick_dtype(config.dtype, device), device=device)
     asked = [resolve_settings(config, checkpoint, point) for point in points(varied(config))]
     cells = make_cells(asked, config.repeat)
     for cell in cells:
@@ -77,7 +77,7 @@ def _make_plan(config: EvaluateConfig) -> Plan:
 
 def _check_cell(cell: Cell, checkpoint: Checkpoint) -> None:
     """Raise ValueError for what the engine would refuse when the cell runs."""
-    arguments = harness.parse_arguments(harness_arguments(cell.settings))
+    arguments = parse_arguments(harness_arguments(cell.settings))
     check_decoding(
         cell.settings["mode"],
         arguments.decode,
@@ -109,7 +109,7 @@ def check_likelihood(config: EvaluateConfig) -> None:
     own = {key: value for key, value in flatten(config).items() if key in chosen}
     inert = [f"{key} {value}" for key, value in (own | values).items() if key.removeprefix("decode.") in DECODING]
     if inert:
-        raise ValueError(harness.unused_by_likelihood(inert))
+        raise ValueError(unused_by_likelihood(inert))
 
 
 def source_of(config: EvaluateConfig) -> str:
@@ -170,9 +170,9 @@ def resolve_settings(
         **decode,
         "label": config.label or default_label(checkpoint.source),
         "task": config.task or (adaptation.task if adaptation else ""),
-        "mode": "ar" if config.engine == "transformers" else harness.resolve_mode(config.mode, checkpoint),
+        "mode": "ar" if config.engine == "transformers" else resolve_mode(config.mode, checkpoint),
         "device": device.type,
-        "dtype": str(harness.pick_dtype(config.dtype, device)).removeprefix("torch."),
+        "dtype": str(pick_dtype(config.dtype, device)).removeprefix("torch."),
         **(point or {}),
     }
     if not settings["task"]:
