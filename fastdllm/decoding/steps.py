@@ -65,7 +65,7 @@ class Steps:
         self.roles = {way: block_roles(way).to(device) for way in (False, True)}
         self.changes = block_changes(model.num_layers, size, self.width).to(device)
         self.next_steps = next_steps(size, decode, self.reuse).to(device)
-        tokens = torch.arange(model.qwen.get_input_embeddings().num_embeddings, device=device)
+        tokens = torch.arange(model.qwen.config.vocab_size, device=device)
         self.is_stop = torch.isin(tokens, torch.tensor(sorted(stop_ids), device=device))
 
     def prefill(self, slots: Tensor, width: int) -> None:
