@@ -291,7 +291,7 @@ class Steps:
         num_layers = self.model.num_layers
         run = dict(denoise_passes=1, layers_run=num_layers, rows_run=num_layers)
         at = self._count(at, start=1, draws=1, computed_tokens=1, **run)
-        places = self._block_places(at)
+        places = self._block_places(at).clamp(max=self.cache.capacity - 1)  # a slot that is done may be at its end
         self._plan(slots, at, places, token)
         self._put(slots, at, places, token, is_served)
 
