@@ -103,9 +103,10 @@ def distill(config: DistillConfig) -> None:
         **{name: getattr(config, name) for name in ("temperature", "top_p", "seed", "max_new_tokens")},
     }
     tally = Counter(malformed=num_malformed)
-    store = SampleStore(f"{config.output}.partial", asdict(config) | provenance)
-    answer_all(config, checkpoint, prompts, store)
-    rows = list(training_rows(config, prompts, store, provenance, tally))
+    identity = {name: value for name, value in asdict(config).items() if name not in ("batch_size", "device")}
+    store = SampleStore(f"{config.output}.partial", identity | provenance)
+    keys = answer_all(config, checkpoint, prompts, store)
+    rows = list(training_rows(config, prompts, keys, store, provenance, tally))
     write_rows(Path(config.output), rows)
     store.remove()
     parts = ", ".join(f"{number:,} {what}" for what, number in tally.items())
@@ -131,18 +132,24 @@ def read_prompts(config: DistillConfig) -> tuple[list[Prompt], int]:
     return prompts, num_malformed
 
 
-def answer_all(config: DistillConfig, checkpoint: Checkpoint, prompts: list[Prompt], store: SampleStore) -> None:
-    """Put every answer that is not there yet into the store, as [text, whether it ended by itself]."""
+def answer_all(config: DistillConfig, checkpoint: Checkpoint, prompts: list[Prompt], store: SampleStore) -> list[Key]:
+    """Put every answer that is not there yet into the store, as [text, whether it ended by itself].
+
+    Returns:
+        The keys of all answers, by prompt and sample; the store may hold others, to prompts that were changed since.
+    """
     tokenizer = checkpoint.tokenizer
     keys: list[Key] = []
+    missing: list[Key] = []
     requests: list[Request] = []
     for number, prompt in enumerate(prompts):
         text = tokenizer.apply_chat_template(prompt.turns, tokenize=False, add_generation_prompt=True)
         tokens = tokenizer(text, add_special_tokens=False).input_ids
         for sample in range(config.samples):
             key = (prompt.place, number, sample, digest(tokens))
+            keys.append(key)
             if key not in store.samples:
-                keys.append(key)
+                missing.append(key)
                 seed = (config.seed * len(prompts) + number) * config.samples + sample
                 requests.append(Request(prompt=tokens, max_new_tokens=config.max_new_tokens, seed=seed))
     engine = Engine(
@@ -152,20 +159,27 @@ def answer_all(config: DistillConfig, checkpoint: Checkpoint, prompts: list[Prom
         decode=DecodeConfig(temperature=config.temperature, top_p=config.top_p),
         batch_size=config.batch_size,
     )
-    num_all, seconds = len(prompts) * config.samples, 0.0
-    for completion in tqdm(engine.run(requests), desc="answers", total=num_all, initial=num_all - len(keys)):
+    seconds, num_kept = 0.0, len(keys) - len(missing)
+    for completion in tqdm(engine.run(requests), desc="answers", total=len(keys), initial=num_kept):
         is_finished = completion.tokens[-1] in engine.stop_ids
-        store.add(keys[completion.index], [completion.text, is_finished], engine.seconds - seconds)
+        store.add(missing[completion.index], [completion.text, is_finished], engine.seconds - seconds)
         seconds = engine.seconds
     engine.free()
+    return keys
 
 
 def training_rows(
-    config: DistillConfig, prompts: list[Prompt], store: SampleStore, provenance: dict[str, Any], tally: Counter
+    config: DistillConfig,
+    prompts: list[Prompt],
+    keys: list[Key],
+    store: SampleStore,
+    provenance: dict[str, Any],
+    tally: Counter,
 ) -> Iterator[dict[str, Any]]:
     """Yield a training row for each answer that is kept, by prompt and sample; count the others in `tally`."""
     seen: set[tuple[int, str]] = set()
-    for (_, number, sample, _), (text, is_finished) in sorted(store.samples.items(), key=lambda item: item[0][1:3]):
+    for key in keys:
+        (_, number, sample, _), (text, is_finished) = key, store.samples[key]
         prompt = prompts[number]
         is_right = is_finished and config.keep == "right" and is_equal(prompt.answer, text)
         if not is_finished:

@@ -85,6 +85,26 @@ def test_broken_off_and_begun_again_it_writes_what_an_unbroken_call_does(tmp_pat
     assert ours == whole and len({row["messages"][-1]["content"] for row in whole}) > 3
 
 
+def test_answers_to_prompts_that_were_changed_since_are_not_taken(tmp_path, prompts, monkeypatch):
+    run = Engine.run
+
+    def run_some(engine, requests):
+        for number, completion in enumerate(run(engine, requests)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield completion
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "run", run_some)
+        with pytest.raises(KeyboardInterrupt):
+            distill.distill(make_config(tmp_path, prompts))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[::-1]))
+    distill.distill(make_config(tmp_path, prompts, batch_size=2))
+    rows = read(tmp_path / "out.jsonl")
+    assert [row["messages"][0] for row in rows] == [row["messages"][0] for row in ROWS[::-1]]
+    assert all(row["messages"][1]["content"].endswith(f"#### {row['answer']}") for row in rows)
+
+
 def test_what_cannot_be_done_is_refused(tmp_path, prompts):
     with pytest.raises(ValueError, match="samples 2 at temperature 0 would all be the same"):
         make_config(tmp_path, prompts, samples=2)
