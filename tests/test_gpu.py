@@ -90,6 +90,8 @@ def make_scoring(config):
         {"free_rows": 0},
         {"reuse": ReuseConfig(reuse_k=2)},
         {"reuse": ReuseConfig(reuse_k=2, reuse_mode="delta")},
+        {"reuse": ReuseConfig(schedule="adaptive", reuse_mode="delta", budget=0.3, subset="last")},
+        {"reuse": ReuseConfig(active_rows="needed")},
         {"decode": {"fuse_append": True}},
         {"decode": {"temperature": 0.8}},
         {"decode": {"policy": "profile", "threshold": DEFAULT_THRESHOLD}},
@@ -109,6 +111,18 @@ def test_graphs_give_the_tokens_and_counts_of_eager_passes_on_the_cpu_in_float32
         answers.append(sorted(engine.run(requests), key=lambda completion: completion.index))
         assert (engine.capture_seconds > 0) == (device == "cuda")
     assert answers[0] == answers[1]
+
+
+def test_replays_do_not_need_the_scratch_memory_that_torch_gives_back(byte_tokenizer):
+    model = make_model(hidden_size=512).to("cuda", torch.bfloat16)
+    requests = [Request(prompt=prompt, max_new_tokens=60) for prompt in make_prompts((40, 64) * 8)]
+    engine = Engine(model, byte_tokenizer, batch_size=16, is_fused=False)
+    before = sorted(engine.run(requests), key=lambda completion: completion.index)
+    torch._C._cuda_clearCublasWorkspaces()  # as torch.compile's graphs do
+    torch.cuda.empty_cache()
+    after = sorted(engine.run(requests), key=lambda completion: completion.index)
+    torch.cuda.synchronize()
+    assert before == after
 
 
 def test_half_precision_loss_head_equals_float64_with_both_gradients():

@@ -60,7 +60,11 @@ class GraphedPass:
                 self.run(numbers)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        # cuBLAS's scratch memory must come from the graph's own pool: what torch keeps elsewhere is given back when
+        # anyone clears it, as torch.compile's graphs do, and replays would write where nothing is
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(graph, pool=self.pool):
             result = self.run(numbers)
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.synchronize(self.device)
         return graph, numbers, result

@@ -187,7 +187,7 @@ class GatedStore(LayerStore):
     def select(self, slots: Tensor, offsets: Tensor, *, is_reused: bool, is_full: bool) -> None:
         super().select(slots, offsets, is_reused=is_reused, is_full=is_full)
         if not is_reused:
-            self._change[slots] = 0.0
+            self._change.index_fill_(0, slots, 0.0)  # a plain assignment copies from the host, which no graph records
 
     def run(self, layer: int, hidden: Tensor, attend: Branch, transform: Branch) -> Tensor:
         if layer == self.first and not self._is_reused:
