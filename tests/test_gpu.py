@@ -113,16 +113,17 @@ def test_graphs_give_the_tokens_and_counts_of_eager_passes_on_the_cpu_in_float32
     assert answers[0] == answers[1]
 
 
-def test_replays_do_not_need_the_scratch_memory_that_torch_gives_back(byte_tokenizer):
+def test_replays_do_not_need_scratch_memory_that_torch_gives_back(byte_tokenizer):
     model = make_model(hidden_size=512).to("cuda", torch.bfloat16)
     requests = [Request(prompt=prompt, max_new_tokens=60) for prompt in make_prompts((40, 64) * 8)]
-    engine = Engine(model, byte_tokenizer, batch_size=16, is_fused=False)
-    before = sorted(engine.run(requests), key=lambda completion: completion.index)
+    first, second = (Engine(model, byte_tokenizer, batch_size=16, is_fused=False) for _ in range(2))
+    answers = [sorted(engine.run(requests), key=lambda completion: completion.index) for engine in (first, second)]
+    first.free()
     torch._C._cuda_clearCublasWorkspaces()  # as torch.compile's graphs do
     torch.cuda.empty_cache()
-    after = sorted(engine.run(requests), key=lambda completion: completion.index)
+    answers.append(sorted(second.run(requests), key=lambda completion: completion.index))
     torch.cuda.synchronize()
-    assert before == after
+    assert answers[0] == answers[1] == answers[2]
 
 
 def test_half_precision_loss_head_equals_float64_with_both_gradients():
