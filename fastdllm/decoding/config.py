@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fastdllm.decoding.policies import DEFAULT_THRESHOLD, PolicyName, resolve_parameter
+from fastdllm.decoding.quantized import STORED, WeightFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,9 @@ class DecodeConfig:
     fuse_append: bool = False
     """Compute the next block's first denoising step together with the append, on a guess of its first token; a wrong
     guess is computed again, so the tokens stay the same. Pays where rows cost nothing: at small batches."""
+    weight_format: WeightFormat = "model"
+    """int8, float8: one byte a weight in the layers' matrices and the head, for small batches, where reading weights
+    takes the time; they are rounded, so answers differ. model: as loaded."""
     temperature: float = 0.0
     """0 is greedy; above 0 proposals are drawn at this temperature."""
     top_p: float = 0.95
@@ -32,6 +36,9 @@ class DecodeConfig:
 
     def __post_init__(self):
         resolve_parameter(self.policy, self.threshold, self.policy_parameter)  # refuses what is wrong or never read
+        if self.weight_format not in ("model", *STORED):
+            formats = ", ".join(("model", *STORED))
+            raise ValueError(f"decode.weight_format must be one of {formats}, got {self.weight_format!r}.")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"decode.temperature must be 0 or more and decode.top_p in (0, 1], got {self.temperature} and "

@@ -93,7 +93,8 @@ class Engine:
                 need not decide. None for 256 with CUDA graphs, 0 without.
             is_graphed: replay passes as CUDA graphs; None: on a GPU, which it needs.
             is_fused: run the fused forward pass in place of transformers' layers, with Triton's kernels on a GPU; None:
-                on a GPU, if the model's heads have a size that the kernels know.
+                on a GPU, if the model's heads have a size that the kernels know, and wherever decode.weight_format
+                needs it.
         Raises:
             ValueError: settings that are out of range or do not go together.
         """
@@ -102,7 +103,8 @@ class Engine:
         self.cache_bytes = cache_bytes
         is_cuda = model.device.type == "cuda"
         self.is_graphed = is_cuda if is_graphed is None else is_graphed
-        self.is_fused = is_cuda and has_kernels_for(head_size(model)) if is_fused is None else is_fused
+        is_better = self.decode.weight_format != "model" or (is_cuda and has_kernels_for(head_size(model)))
+        self.is_fused = is_better if is_fused is None else is_fused
         self.free_rows = FREE_ROWS * self.is_graphed if free_rows is None else free_rows
         self.stop_ids = stop_token_ids(tokenizer)
         self.seconds = 0.0
@@ -135,6 +137,10 @@ class Engine:
         check_decoding(self.mode, self.decode, self.reuse, block_size=model.block_size, num_layers=model.num_layers)
         if self.is_graphed and self.model.device.type != "cuda":
             raise ValueError(f"is_graphed needs a model on a GPU, this one is on {self.model.device}.")
+        if self.decode.weight_format != "model" and not self.is_fused:
+            raise ValueError(
+                f"decode.weight_format {self.decode.weight_format} needs the fused pass; set is_fused true."
+            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}.")
 
@@ -257,7 +263,10 @@ class Engine:
         self.num_slots = num_slots = min(wanted, fitting)
         self.state = SlotState(num_slots + extra, capacity, size, model.mask_token_id, model.device)
         self.cache = SlotCache(model, num_slots + extra, capacity)
-        self.forward = (FusedPasses if self.is_fused else self.forward_class)(model, self.cache)
+        if self.is_fused:
+            self.forward = FusedPasses(model, self.cache, self.decode.weight_format)
+        else:
+            self.forward = self.forward_class(model, self.cache)
         self.steps = self.steps_class(
             model,
             self.state,

@@ -12,6 +12,7 @@ from fastdllm.decoding.cache import SlotCache
 from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.operations import HeadStatistics, PassRows
 from fastdllm.decoding.policies import Proposals
+from fastdllm.decoding.quantized import Weight, WeightFormat, quantize
 from fastdllm.decoding.reuse import LayerStore
 from fastdllm.model import BlockDiffusionLM
 
@@ -19,9 +20,9 @@ from fastdllm.model import BlockDiffusionLM
 class Operations(Protocol):
     """What a pass is made of; `operations` says what each does, in plain torch."""
 
-    def multiply(self, rows: Tensor, weight: Tensor) -> Tensor: ...
+    def multiply(self, rows: Tensor, weight: Weight) -> Tensor: ...
 
-    def multiply_gated(self, rows: Tensor, weight: Tensor) -> Tensor: ...
+    def multiply_gated(self, rows: Tensor, weight: Weight) -> Tensor: ...
 
     def normalize(
         self, hidden: Tensor, parts: Tensor | None, weight: Tensor, epsilon: float
@@ -33,21 +34,26 @@ class Operations(Protocol):
 
     def attend_slots(self, query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, limits: Tensor) -> Tensor: ...
 
-    def head_statistics(self, hidden: Tensor, head: Tensor, banned: int) -> HeadStatistics: ...
+    def head_statistics(self, hidden: Tensor, head: Weight, banned: int) -> HeadStatistics: ...
 
 
 class FusedLayer(NamedTuple):
     """The weights of a layer, [out, in] as in nn.Linear."""
 
     input_norm: Tensor
-    query_key_value: Tensor
+    query_key_value: Weight
     """[(H + 2G) * E, C]."""
     query_key_value_bias: Tensor
-    output: Tensor
+    output: Weight
     middle_norm: Tensor
-    gate_up: Tensor
+    gate_up: Weight
     """[2 * intermediate, C], the gate first."""
-    down: Tensor
+    down: Weight
+
+    def quantized(self, weight_format: WeightFormat) -> "FusedLayer":
+        """Return the layer with its four matrices in the format."""
+        names = ("query_key_value", "output", "gate_up", "down")
+        return self._replace(**{name: quantize(getattr(self, name), weight_format) for name in names})
 
 
 class FusedForward:
@@ -65,19 +71,22 @@ class FusedForward:
         kernels: Operations | ModuleType | None = None,
         *,
         max_few_rows: int = 256,
+        weight_format: WeightFormat = "model",
     ):
         """Take `kernels` (None: Triton's on a GPU, plain torch elsewhere) for passes of up to `max_few_rows` rows.
 
-        Above that, torch's own products are faster, and replace those of `kernels`.
+        Above that, torch's own products are faster, and replace those of `kernels`. In another `weight_format` than the
+        model's, the matrices of the layers and the head are copies, one byte a weight; embeddings stay as they are.
         """
         backbone = model.qwen.model
         self.model, self.kernels = model, kernels or default_kernels(model.device)
         self.max_few_rows = max_few_rows
         self.mask_token_id = model.mask_token_id
         self.epsilon = model.qwen.config.rms_norm_eps
-        self._embedding, self._head = backbone.embed_tokens.weight.detach(), model.qwen.lm_head.weight.detach()
+        self._embedding = backbone.embed_tokens.weight.detach()
+        self._head = quantize(model.qwen.lm_head.weight.detach(), weight_format)
         self._final_norm = backbone.norm.weight.detach()
-        self._layers = [_fuse(layer) for layer in backbone.layers]
+        self._layers = [_fuse(layer).quantized(weight_format) for layer in backbone.layers]
         self._all = range(len(self._layers))
         self._most_places = model.qwen.config.max_position_embeddings
         # rows of a block that ends behind the capacity have positions too, although nobody reads what they give
@@ -210,9 +219,9 @@ def _merge(parameters: list[nn.Parameter]) -> Tensor:
 class FusedPasses(PlainForward):
     """A forward pass for the engine: FusedForward over its cache, and proposals without logits."""
 
-    def __init__(self, model: BlockDiffusionLM, cache: SlotCache):
+    def __init__(self, model: BlockDiffusionLM, cache: SlotCache, weight_format: WeightFormat = "model"):
         super().__init__(model, cache)
-        self.fused = FusedForward(model)
+        self.fused = FusedForward(model, weight_format=weight_format)
 
     def __call__(self, tokens: Tensor, rows: PassRows, reuse: LayerStore | None = None) -> Tensor:
         return self.fused(tokens, rows, self.cache, reuse)
@@ -223,7 +232,7 @@ class FusedPasses(PlainForward):
         return self.fused(tokens, rows, self.cache, reuse, layers=layers, before=hidden)
 
     def propose(self, hidden: Tensor, needs=frozenset(), temperature=0.0, top_p=1.0, uniform=None):
-        if temperature > 0:  # a nucleus needs all logits
+        if temperature > 0:  # drawing needs all logits, which come from the model's own head in any format
             return super().propose(hidden, needs, temperature, top_p, uniform)
         best, *numbers = (x.view(hidden.shape[:-1]) for x in self.fused.statistics(hidden.flatten(0, 1)))
         best_logit, log_sum_exp, second_logit, entropy = numbers

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdllm.decoding.operations import HeadStatistics, PassRows, has_kernels_for
+from fastdllm.decoding.quantized import Weight, values_and_scale
 
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)  # Triton's interpreter would multiply bfloat16 as integers
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where a difference of two is taken
@@ -87,10 +88,10 @@ class Kernels:
         """Take the measured tiles if None; with `overlap`, each kernel starts before the one before has ended."""
         self.tiles, self.overlap, self.settings = TILES if tiles is None else tiles, overlap, settings or Settings()
 
-    def multiply(self, rows: Tensor, weight: Tensor) -> Tensor:
+    def multiply(self, rows: Tensor, weight: Weight) -> Tensor:
         return self._multiply(rows, weight, is_gated=False)
 
-    def multiply_gated(self, rows: Tensor, weight: Tensor) -> Tensor:
+    def multiply_gated(self, rows: Tensor, weight: Weight) -> Tensor:
         return self._multiply(rows, weight, is_gated=True)
 
     def normalize(self, hidden: Tensor, parts: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -134,31 +135,34 @@ class Kernels:
             self._launch(_merge_attention, (R,), sums, weights, out, R, warps=1, **sizes)
         return out
 
-    def head_statistics(self, hidden: Tensor, head: Tensor, banned: int) -> HeadStatistics:
-        (R, C), V, tiles = hidden.shape, len(head), self._tiles(hidden, head)
+    def head_statistics(self, hidden: Tensor, head: Weight, banned: int) -> HeadStatistics:
+        (R, C), (values, scale) = hidden.shape, values_and_scale(head)
+        V, tiles = len(values), self._tiles(hidden, values)
         count = triton.cdiv(V, tiles.columns)
         numbers = hidden.new_empty(4, R, count, dtype=torch.float32)
         indices = hidden.new_empty(R, count, dtype=torch.int32)
         sizes = dict(V=V, C=C, ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth)
         run, grid = dict(warps=tiles.warps, stages=tiles.stages), (triton.cdiv(R, tiles.rows), count)
-        self._launch(_head_tile, grid, hidden, head, numbers, indices, banned, R, **run, **sizes)
+        arguments = (hidden, values, scale, numbers, indices, banned, R)
+        self._launch(_head_tile, grid, *arguments, **run, **sizes)
         best, results = indices.new_empty(R, dtype=torch.int64), numbers.new_empty(4, R)
         sizes = dict(COUNT=count, BLOCK=triton.next_power_of_2(count))
         self._launch(_merge_statistics, (R,), numbers, indices, best, results, R, **sizes)
         return HeadStatistics(best, *results)
 
     def _tiles(self, rows: Tensor, weight: Tensor) -> Tiles:
-        key, item_bytes = (max(16, triton.next_power_of_2(len(rows))), *weight.shape), weight.element_size()
+        key, item_bytes = (max(16, triton.next_power_of_2(len(rows))), *weight.shape), rows.element_size()
         is_measured = key in self.tiles and item_bytes == 2
         return self.tiles[key] if is_measured else default_tiles(len(rows), *weight.shape, item_bytes)
 
-    def _multiply(self, rows: Tensor, weight: Tensor, is_gated: bool) -> Tensor:
-        (R, K), N, tiles = rows.shape, len(weight), self._tiles(rows, weight)
+    def _multiply(self, rows: Tensor, weight: Weight, is_gated: bool) -> Tensor:
+        (R, K), (values, scale) = rows.shape, values_and_scale(weight)
+        N, tiles = len(values), self._tiles(rows, values)
         parts = 1 if is_gated else tiles.parts
         out = rows.new_empty(R, N // 2) if is_gated else rows.new_empty(parts, R, N, dtype=torch.float32)
         grid = (triton.cdiv(R, tiles.rows), triton.cdiv(N, tiles.columns), parts)
         sizes = dict(N=N, K=K, ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, PARTS=parts, GATED=is_gated)
-        self._launch(_multiply, grid, rows, weight, out, R, warps=tiles.warps, stages=tiles.stages, **sizes)
+        self._launch(_multiply, grid, rows, values, scale, out, R, warps=tiles.warps, stages=tiles.stages, **sizes)
         return out
 
     def _launch(self, kernel, grid: tuple, *arguments, warps: int = 4, stages: int = 1, **sizes) -> None:
@@ -178,6 +182,7 @@ def _follow(OVERLAP: tl.constexpr):
 def _dot(left, right, total):
     if WIDEN:
         left, right = left.to(tl.float32), right.to(tl.float32)
+    left = left.to(right.dtype)  # of one byte
     return tl.dot(left, right, total, input_precision="ieee")
 
 
@@ -188,7 +193,8 @@ def _dot_tiles(rows, weight, row, column, first, last, K: tl.constexpr, DEPTH: t
     The weights stand on the left, since a Hopper product takes 64 from there and as few as 8 from the right.
     """
     if OVERLAP:
-        line = tl.arange(0, DEPTH // 64) * 64  # of 128 bytes
+        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # 128 bytes
+        line = tl.arange(0, tl.cdiv(DEPTH, LINE)) * LINE
         code: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
         for tile in range(first, tl.minimum(first + AHEAD, last)):
             address = (weight + column[:, None] * K + (tile * DEPTH + line)[None, :]).to(tl.int64)
@@ -213,10 +219,13 @@ def _dot_tiles(rows, weight, row, column, first, last, K: tl.constexpr, DEPTH: t
 
 @triton.jit(do_not_specialize=["R"])
 def _multiply(
-    rows, weight, out, R, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
+    rows, weight, scale, out, R, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Write rows [R, K] times weight [N, K]: out is [PARTS, R, N] float32, or [R, N / 2] if gated."""
+    """Write rows [R, K] times weight [N, K], which may have a scale [N]: out is [PARTS, R, N] float32, or [R, N / 2].
+
+    The latter if gated.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     per_part: tl.constexpr = tl.cdiv(tl.cdiv(K, DEPTH), PARTS)
@@ -225,6 +234,8 @@ def _multiply(
     paired = tl.minimum(column // 2, N // 2 - 1) + (column % 2) * (N // 2)  # a row of the gate's, one of up's, ...
     weight_row = paired if GATED else tl.minimum(column, N - 1)
     total = _dot_tiles(rows, weight, tl.minimum(row, R - 1), weight_row, first, last, K, DEPTH, OVERLAP)
+    if scale is not None:
+        total *= tl.load(scale + weight_row)[:, None]
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(total, [COLUMNS // 2, 2, ROWS]), 0, 2, 1))
         total = gate / (1 + tl.exp(-gate)) * up
@@ -356,7 +367,7 @@ def _merge_attention(
 
 @triton.jit(do_not_specialize=["R"])
 def _head_tile(
-    hidden, head, numbers, indices, banned, R, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    hidden, head, scale, numbers, indices, banned, R, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Reduce a tile of the vocabulary, for each row of hidden [R, C], to a best index and four numbers.
@@ -368,6 +379,8 @@ def _head_tile(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     weight_row, tiles = tl.minimum(column, V - 1), tl.cdiv(C, DEPTH)
     logits = _dot_tiles(hidden, head, tl.minimum(row, R - 1), weight_row, 0, tiles, C, DEPTH, OVERLAP)
+    if scale is not None:
+        logits *= tl.load(scale + weight_row)[:, None]
     is_allowed = (column < V) & (column != banned)
     logits = tl.where(is_allowed[:, None], logits, -float("inf"))
     best = tl.max(logits, 0)

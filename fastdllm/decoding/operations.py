@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdllm.decoding.quantized import Weight, values_and_scale
+
 
 class PassRows(NamedTuple):
     """Where the tokens of a pass stand; all int64."""
@@ -42,15 +44,22 @@ def has_kernels_for(head_size: int) -> bool:
     return head_size >= 16 and head_size & (head_size - 1) == 0
 
 
-def multiply(rows: Tensor, weight: Tensor) -> Tensor:
+def multiply(rows: Tensor, weight: Weight) -> Tensor:
     """Return rows [R, K] times weight [N, K] transposed, in parts [P, R, N] to be added up; here P is 1."""
-    return F.linear(rows, weight)[None]
+    return _product(rows, weight)[None]
 
 
-def multiply_gated(rows: Tensor, weight: Tensor) -> Tensor:
+def multiply_gated(rows: Tensor, weight: Weight) -> Tensor:
     """Return SiLU(gate) * up, [R, N]; weight is [2N, K], the gate's rows first."""
-    gate, up = F.linear(rows, weight).chunk(2, dim=-1)
-    return F.silu(gate) * up
+    gate, up = _product(rows, weight).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(rows.dtype)
+
+
+def _product(rows: Tensor, weight: Weight) -> Tensor:
+    """Return rows [R, K] times weight [N, K] transposed, in the dtype of rows; float32 where the weight has a scale."""
+    values, scale = values_and_scale(weight)
+    product = F.linear(rows, values.to(rows.dtype))
+    return product if scale is None else product.float() * scale
 
 
 def normalize(hidden: Tensor, parts: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -98,9 +107,9 @@ def attend_slots(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lim
     return output.transpose(1, 2).masked_fill((limits == 0)[..., None, None], 0.0)
 
 
-def head_statistics(hidden: Tensor, head: Tensor, banned: int) -> HeadStatistics:
+def head_statistics(hidden: Tensor, head: Weight, banned: int) -> HeadStatistics:
     """Return what the logits of hidden [R, C] say; head is [V, C]; float32 from the logits on."""
-    logits = F.linear(hidden, head).float()
+    logits = _product(hidden, head).float()
     logits[:, banned] = -torch.inf
     best_logit, best = logits.max(-1)
     second = logits.scatter(1, best[:, None], -torch.inf).amax(-1)

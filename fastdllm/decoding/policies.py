@@ -49,7 +49,14 @@ def propose(logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, unifor
         best, token = logits.max(-1)
         return token, (best - logits.logsumexp(-1)).exp()
     assert uniform is not None, "sampling needs uniform draws"
-    probability, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
+    probability = (logits / temperature).softmax(-1)
+    if top_p == 1:  # everything may be drawn: no need to sort the vocabulary
+        cumulative = probability.cumsum(-1)
+        total = cumulative[..., -1]
+        below_total = total.nextafter(torch.zeros_like(total))  # so that what is drawn has a probability above 0
+        token = torch.searchsorted(cumulative, (uniform * total).minimum(below_total)[..., None], right=True)
+        return token.squeeze(-1), probability.gather(-1, token).squeeze(-1)
+    probability, order = probability.sort(dim=-1, descending=True)
     below = probability.cumsum(-1) - probability  # mass of the more likely tokens
     nucleus = probability.masked_fill(below > top_p, 0.0)  # the most likely token always stays
     nucleus = nucleus / nucleus.sum(-1, keepdim=True)

@@ -9,6 +9,7 @@ import torch
 from fastdllm.checkpoint import Checkpoint
 from fastdllm.decoding.config import DecodeConfig
 from fastdllm.decoding.policies import PolicyName
+from fastdllm.decoding.quantized import WeightFormat
 from fastdllm.decoding.reuse import ActiveRows, ReuseConfig, ReuseMode, Schedule
 from fastdllm.runtime import get_optimal_dtype
 
@@ -46,6 +47,8 @@ class HarnessArguments:
     """The number of policies other than threshold; 0: the policy's default."""
     fuse_append: bool = False
     """Compute the next block's first step together with the append."""
+    weight_format: WeightFormat = "model"
+    """int8, float8: one byte a weight."""
     reuse_k: int = 1
     """Refresh every k-th denoising step; 1: no reuse."""
     layer_subset: str = "first"
@@ -84,6 +87,7 @@ class HarnessArguments:
             threshold=self.threshold,
             policy_parameter=self.policy_parameter,
             fuse_append=self.fuse_append,
+            weight_format=self.weight_format,
             use_block_cache=self.use_block_cache,
             temperature=self.temperature,
             top_p=self.top_p,

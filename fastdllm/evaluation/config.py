@@ -137,6 +137,11 @@ class EvaluateConfig:
         self._check_one_source()
         self._check_threshold()
         self._check_reuse()
+        if self.engine == "transformers" and self.decode.weight_format != "model":
+            raise ValueError(
+                f"decode.weight_format {self.decode.weight_format} is our engine's alone; leave it out, or take engine "
+                "fastdllm."
+            )
         if self.engine == "transformers" and (self.mode == "diffusion" or self.decode.temperature > 0):
             raise ValueError(
                 "engine transformers decodes greedily and in mode ar only, got mode "

@@ -29,6 +29,7 @@ USUAL = {
     "threshold": 0.9,
     "policy_parameter": None,
     "fuse_append": False,
+    "weight_format": "model",
     "reuse_mode": "output",
     "active_rows": "all",
     "use_block_cache": True,
@@ -45,7 +46,7 @@ USUAL = {
     "repeat": 1,
 }
 # Settings that a digest holds only where they are unusual: it was taken without them before they existed.
-UNHASHED = {"schedule": "fixed", "budget": None, "active_rows": "all", "repeat": 1}
+UNHASHED = {"schedule": "fixed", "budget": None, "active_rows": "all", "weight_format": "model", "repeat": 1}
 # Settings that rows from before them lack, with what was measured then.
 ADDED = {"policy_parameter": None, "fuse_append": False, **UNHASHED}
 

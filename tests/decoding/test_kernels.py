@@ -18,6 +18,7 @@ from decoding.test_fused import check_pass, make_cache, make_model, make_rows, r
 from fastdllm.decoding import operations
 from fastdllm.decoding.fused import FusedForward
 from fastdllm.decoding.operations import PassRows
+from fastdllm.decoding.quantized import STORED, quantize
 
 triton = pytest.importorskip("triton", reason="needs Triton, which comes with torch for GPUs")
 from fastdllm.decoding.kernels import Kernels, Settings, Tiles  # noqa: E402
@@ -106,6 +107,21 @@ def test_products_equal_plain_ones(R, N, K, tiles, dtype, overlap):
     assert_close(parts.sum(0), expected.float(), **TOLERANCE[dtype])
     gated = kernels.multiply_gated(rows, weight)
     assert_close(gated, operations.multiply_gated(rows, weight), **TOLERANCE[dtype])
+
+
+@kernels_on
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("overlap", overlaps())
+@pytest.mark.parametrize("weight_format", STORED)
+def test_products_and_statistics_of_quantized_weights_equal_plain_ones(weight_format, overlap, dtype):
+    rows, kernels = draw(5, 200, dtype=dtype), Kernels({(16, 100, 200): Tiles(16, 32, 64, 3)}, overlap)
+    weight = quantize(draw(100, 200, dtype=dtype, seed=1, scale=200**-0.5), weight_format)
+    assert_close(kernels.multiply(rows, weight).sum(0), operations.multiply(rows, weight).sum(0), **TOLERANCE[dtype])
+    gated = kernels.multiply_gated(rows, weight)
+    assert_close(gated, operations.multiply_gated(rows, weight), **TOLERANCE[dtype])
+    expected = operations.head_statistics(rows.float(), weight, 3)
+    for found, plain in zip(kernels.head_statistics(rows, weight, 3), expected, strict=True):
+        assert_close(found, plain, **TOLERANCE[dtype])
 
 
 @kernels_on

@@ -37,6 +37,19 @@ def test_sampling_draws_from_the_renormalised_nucleus():
     assert token.tolist() == [0] * 5 and confidence.tolist() == [1.0] * 5
 
 
+def test_sampling_from_everything_finds_the_place_of_the_draw_and_never_what_has_no_probability():
+    logits = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).log().expand(6, -1)
+    uniform = torch.tensor([0.0, 0.4999, 0.5001, 0.7999, 0.8001, 1 - 2**-24])
+    token, confidence = propose(logits, temperature=1.0, top_p=1.0, uniform=uniform)
+    assert token.tolist() == [1, 1, 3, 3, 4, 4]
+    assert_close(confidence, torch.tensor([0.5, 0.5, 0.3, 0.3, 0.2, 0.2]))
+    wide = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0))
+    uniform = (torch.arange(4000) + 0.5) / 4000
+    token, _ = propose(wide.expand(4000, -1), temperature=1.0, top_p=1.0, uniform=uniform)
+    expected = wide[0].softmax(-1)[:10_000].sum()
+    assert abs((token < 10_000).float().mean() - expected) < 1e-3
+
+
 def test_the_temperature_sharpens_before_the_nucleus_is_cut():
     logits = torch.tensor([[0.8, 0.2]]).log()
     _, confidence = propose(logits, temperature=0.5, top_p=1.0, uniform=torch.tensor([0.0]))
