@@ -193,8 +193,9 @@ def _dot_tiles(rows, weight, row, column, first, last, K: tl.constexpr, DEPTH: t
     The weights stand on the left, since a Hopper product takes 64 from there and as few as 8 from the right.
     """
     if OVERLAP:
-        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # 128 bytes
-        line = tl.arange(0, tl.cdiv(DEPTH, LINE)) * LINE
+        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # of 128 bytes
+        LINES: tl.constexpr = (DEPTH + LINE - 1) // LINE
+        line = tl.arange(0, LINES) * LINE
         code: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
         for tile in range(first, tl.minimum(first + AHEAD, last)):
             address = (weight + column[:, None] * K + (tile * DEPTH + line)[None, :]).to(tl.int64)

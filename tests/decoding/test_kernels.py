@@ -21,6 +21,7 @@ from fastdllm.decoding.operations import PassRows
 from fastdllm.decoding.quantized import STORED, quantize
 
 triton = pytest.importorskip("triton", reason="needs Triton, which comes with torch for GPUs")
+from fastdllm.decoding import kernels as source  # noqa: E402
 from fastdllm.decoding.kernels import Kernels, Settings, Tiles  # noqa: E402
 
 tl = triton.language
@@ -107,6 +108,28 @@ def test_products_equal_plain_ones(R, N, K, tiles, dtype, overlap):
     assert_close(parts.sum(0), expected.float(), **TOLERANCE[dtype])
     gated = kernels.multiply_gated(rows, weight)
     assert_close(gated, operations.multiply_gated(rows, weight), **TOLERANCE[dtype])
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter replaces the compiler")
+@pytest.mark.parametrize("weights", ["*bf16", "*i8", "*fp8e4nv"])
+def test_products_compile_for_hopper_where_no_gpu_is_needed(weights):
+    scale = [] if weights == "*bf16" else ["*fp32"]
+    tiles = dict(ROWS=32, COLUMNS=64, DEPTH=64, OVERLAP=True)
+    product = dict(N=128, K=256, PARTS=2, GATED=False, **tiles)
+    compile_for_hopper(source._multiply, ["*bf16", weights, *scale, "*fp32", "i32"], product)
+    numbers = ["*fp32", "*i32", "i32", "i32"]
+    compile_for_hopper(source._head_tile, ["*bf16", weights, *scale, *numbers], dict(V=200, C=256, **tiles))
+
+
+def compile_for_hopper(kernel, types, sizes):
+    """Compile the kernel to PTX for arguments of these types, in order; what has neither type nor size is None."""
+    sizes = sizes if types[1] != "*bf16" else sizes | {"scale": None}
+    names, types = kernel.arg_names, iter(types)
+    signature = {name: "constexpr" if name in sizes else next(types) for name in names}
+    constants = {(names.index(name),): value for name, value in sizes.items()}
+    program = triton.compiler.ASTSource(kernel, signature, constants)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    assert "wgmma" in triton.compile(program, target=target, options=dict(num_warps=4, num_stages=3)).asm["ptx"]
 
 
 @kernels_on
