@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measures the baseline on several tasks on the PACE cluster: diffusion without reuse, and the model it was made from token
-# by token. Submits an array job, one task of lm-eval a task of the array; only what has no valid row yet.
+# Measures the baseline on several tasks on the PACE cluster: diffusion without reuse, and the model it was made from
+# token by token. Submits an array job, one task of lm-eval a task of the array; only what has no valid row yet.
 #
 #   sbatch/eval_pace_script.sh --checkpoint runs/NAME/export --source Qwen/Qwen2.5-1.5B-Instruct [OPTION]... [-- ...]
 #
@@ -13,8 +13,8 @@
 #   --force           measure again what has a row
 #   --local           measure on this machine without Slurm (that is eval_script.sh)
 #
-# After --: options of evaluate.py, such as --offline DIR. `CLUSTER` names another cluster than pace. Options of sbatch come
-# from its environment, such as SBATCH_TIMELIMIT=8:00:00. Logs: logs/fastdllm-baseline-JOB_TASK.out.
+# After --: options of evaluate.py, such as --offline DIR. `CLUSTER` names another cluster than pace. Options of sbatch
+# come from its environment, such as SBATCH_TIMELIMIT=8:00:00. Logs: logs/fastdllm-baseline-JOB_TASK.out.
 
 #SBATCH --job-name=fastdllm-baseline
 #SBATCH --gpus-per-node=1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measures the baseline on several tasks on this machine, without Slurm: diffusion without reuse, and the model it was made
-# from token by token; only what has no valid row yet.
+# Measures the baseline on several tasks on this machine, without Slurm: diffusion without reuse, and the model it was
+# made from token by token; only what has no valid row yet.
 #
 #   sbatch/eval_script.sh --checkpoint runs/NAME/export --source Qwen/Qwen2.5-1.5B-Instruct [OPTION]... [-- ...]
 #

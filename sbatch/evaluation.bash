@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the evaluation scripts share: options, cluster, Python, submitting, measuring. They source it; it does nothing alone.
-# A script that is called looks at the rows with evaluate.py first, so that wrong options and checkpoints are refused before
-# anything waits in a queue, and submits itself; in a job (or with --local) it measures. Paths are those of evaluate.py:
-# from the repository's root.
+# What the evaluation scripts share: options, cluster, Python, submitting, measuring. They source it.
+# A script that is called looks at the rows with evaluate.py first, so that wrong options and checkpoints are refused
+# before anything waits in a queue, and submits itself; in a job (or with --local) it measures. Paths are those of
+# evaluate.py: from the repository's root.
 set -euo pipefail
 
 script=$(realpath "$0")
@@ -107,7 +107,9 @@ prepare() {
 
 # evaluate OPTION...: evaluate.py with the cluster's options, ours, these, and what came after --.
 evaluate() {
-    "$python" evaluate.py "${cluster_options[@]}" "${options[@]}" "$@" "${passed[@]}"
+    set -- evaluate.py "${cluster_options[@]}" "${options[@]}" "$@" "${passed[@]}"
+    ! is_job || echo "job $(job_number), restart ${SLURM_RESTART_COUNT:-0}, on ${SLURMD_NODENAME:-$(hostname)}: $*"
+    "$python" "$@"
 }
 
 # use_model: --checkpoint and --task, where they are given, into `options`.
@@ -129,7 +131,7 @@ look() {
 # submit "NAME..." ARGUMENT...: this script as an array of one task for each name, or only says so. The log of a task
 # ends with its place among the names, from 0.
 submit() {
-    local names=$1 array command job
+    local names=$1 array command job line
     read -ra array <<<"$names"
     if [ -z "$names" ]; then
         echo "nothing to submit: the rows are there (--force measures them again)"
@@ -140,8 +142,8 @@ submit() {
     [ ${#passed[@]} = 0 ] || command+=(-- "${passed[@]}")
     if [ "$action" = dry-run ]; then
         echo "would submit an array of ${#array[@]}: $names"
-        printf ' %q' "${command[@]}"
-        echo
+        printf -v line '%q ' "${command[@]}"
+        echo "${line//\\,/,}" # which need no quotes here
         return
     fi
     mkdir -p logs
@@ -155,7 +157,7 @@ pick() {
     read -ra picked <<<"${1//,/ }"
     [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || return 0
     [ -n "${picked[SLURM_ARRAY_TASK_ID]:-}" ] ||
-        fail "task $SLURM_ARRAY_TASK_ID of this array has no name in $1; call the script without sbatch, which counts them."
+        fail "task $SLURM_ARRAY_TASK_ID of this array has no name in $1; call the script without sbatch."
     picked=("${picked[SLURM_ARRAY_TASK_ID]}")
 }
 
@@ -167,7 +169,6 @@ measure() {
         evaluate "$@"
         return
     fi
-    echo "job $(job_number), restart ${SLURM_RESTART_COUNT:-0}, on ${SLURMD_NODENAME:-$(hostname)}: evaluate.py $*"
     trap requeue USR1
     evaluate "$@" &
     wait $! || wait $! # the first ends at the signal, the second with the program
@@ -198,7 +199,7 @@ join() {
 # --checkpoint and token by token with --source. A job of an array takes the task of its number.
 baseline() {
     local source='' models tasks one wanted=()
-    extra=(--source)
+    extra=(--source) force_has_names=''
     parse_options "$@"
     [ ${#positional[@]} = 0 ] || fail "${positional[0]}: not an option; tasks are given as --task gsm8k,ifeval."
     [ -n "$checkpoint$source" ] ||
@@ -208,7 +209,7 @@ baseline() {
     tasks=${task:-gsm8k,minerva_math,ifeval,mmlu}
     if ! is_submitter; then
         pick "$tasks"
-        measure --axes.checkpoint "$models" --axes.task "[$(join "${picked[@]}")]" ${force:+--force "$force"}
+        measure --axes.checkpoint "$models" --axes.task "[$(join "${picked[@]}")]" ${force:+--force all}
         return
     fi
     look --axes.checkpoint "$models" --axes.task "[$tasks]"
@@ -221,5 +222,5 @@ baseline() {
         fi
     done
     submit "${wanted[*]}" ${checkpoint:+--checkpoint "$checkpoint"} ${source:+--source "$source"} \
-        --task "$(join "${wanted[@]}")" ${force:+--force "$force"}
+        --task "$(join "${wanted[@]}")" ${force:+--force}
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures a checkpoint with layer reuse: reuse_k 1, 2, 3 x first, middle, last, which are seven cells (k1 has no subset).
+# Measures a checkpoint with layer reuse: reuse_k 1, 2, 3 x first, middle, last; seven cells, as k1 has no subset.
 # Submits an array job, one cell a task; only cells that have no valid row yet.
 #
 #   CLUSTER=pace sbatch/run_reuse_experiments.sh [OPTION]... [-- OPTION OF evaluate.py...]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes a venv with fastdllm's dependencies in a folder on the node's own disk: `setup_tmpdir_venv.sh FOLDER [EXTRA...]`,
-# once on each node, from the repository's root; eval is the extra that evaluations need. Imports from a shared file system
-# are what many nodes wait for at the start.
+# Makes a venv with fastdllm's dependencies on the node's own disk: `setup_tmpdir_venv.sh FOLDER [EXTRA...]`,
+# once on each node, from the repository's root; eval is the extra that evaluations need. Imports from a shared file
+# system are what many nodes wait for at the start.
 # BASE_PYTHON names the Python (3.11 or 3.12; python3 by default). A finished folder is left as it is.
 set -euo pipefail
 
@@ -9,7 +9,8 @@ folder=$1
 [ -f "$folder/installed" ] && exit
 rm -rf "$folder"
 "${BASE_PYTHON:-python3}" -m venv "$folder"
-# The dependencies alone: train.py and evaluate.py find the package beside it, and nodes must not all build it in the shared repository.
+# The dependencies alone: train.py and evaluate.py find the package beside them, and nodes must not all build it in the
+# shared repository.
 "$folder/bin/python" - "${@:2}" >"$folder/requirements.txt" <<'PYTHON'
 import sys, tomllib
 

@@ -136,8 +136,10 @@ def test_what_has_a_row_is_submitted_only_where_it_is_forced(machine):
 
 
 def test_a_dry_run_prints_the_command_and_status_alone_the_rows(machine):
-    printed = machine.call(REUSE, "--dry-run", "--cells", "k2_middle", "--task", "gsm8k")
-    assert printed.splitlines()[-1].endswith("run_reuse_experiments.sh --cells k2_middle --task gsm8k")
+    printed = machine.call(REUSE, "--dry-run", "--cells", "k2_middle,k2_last", "--", "--run", "my runs/a")
+    command = printed.splitlines()[-1]
+    assert "run_reuse_experiments.sh --cells k2_middle,k2_last -- --run" in command
+    assert shlex.split(command)[-1] == "my runs/a"
     assert machine.call(REUSE, "--status", CLUSTER="") == (machine.folder / "python.status").read_text()
     assert not machine.calls("sbatch")
 
@@ -195,9 +197,11 @@ def test_a_baseline_is_submitted_as_one_task_for_each_of_those_of_lm_eval(machin
     assert submitted(machine) == ("0-1", PACE, [*models, "--task", "ifeval,mmlu"])
     look = ["--axes.checkpoint", "[a/export,b/c]", "--axes.task", "[gsm8k,ifeval,mmlu]", "--status"]
     assert machine.calls("python") == [["evaluate.py", "--device", "cuda", "--dtype", "bfloat16", *look]]
-    with machine.run_job(PACE, *models, "--task", "ifeval,mmlu", SLURM_ARRAY_TASK_ID="1") as job:
+    with machine.run_job(PACE, *models, "--task", "ifeval,mmlu", "--force", SLURM_ARRAY_TASK_ID="1") as job:
         assert job.wait() == 0
-    assert machine.calls("python")[-1] == ["evaluate.py", *look[:3], "[mmlu]"]
+    assert machine.calls("python")[-1] == ["evaluate.py", *look[:3], "[mmlu]", "--force", "all"]
+    forced = machine.call(PACE, *models, "--task", "gsm8k,ifeval", "--force", "--dry-run")
+    assert "array of 2: gsm8k ifeval\n" in forced and "--task gsm8k,ifeval --force" in forced
 
 
 @pytest.mark.slow
@@ -259,6 +263,7 @@ def test_help_is_the_usage_and_nothing_runs(machine, script):
         ((SINGLE, "2", "first", "a", "--task", "b"), {}, "the task is given twice: a and --task b"),
         ((PACE,), {}, "name the adapted checkpoint with --checkpoint, the model it was made from with --source"),
         ((PACE, "--source", "a"), {}, "--source a is adapted: give it as --checkpoint"),
+        ((HERE, "--source", "a", "--force", "k1"), {}, "k1: not an option"),
         ((HERE, "gsm8k"), {}, "gsm8k: not an option; tasks are given as --task gsm8k,ifeval"),
     ],
 )

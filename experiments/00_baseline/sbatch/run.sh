@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs this study's grid of reuse on its checkpoint, as in results.md: GSM8K, first 330 problems, at most 320 new tokens. With
-# Slurm it submits an array job to the cluster that CLUSTER names, without it measures on this machine, one by one.
+# Runs this study's grid of reuse on its checkpoint, as in results.md: GSM8K, 330 problems, at most 320 new tokens.
+# With Slurm it submits an array job to the cluster that CLUSTER names, without it measures on this machine, one by one.
 #
 #   CLUSTER=pace experiments/00_baseline/sbatch/run.sh [--status | --dry-run] [--force [CELL,...]] [--limit N] [-- ...]
 #
-# Options are those of sbatch/run_reuse_experiments.sh, and may change the study's own, such as --checkpoint; after --, those
-# of evaluate.py, such as --offline DIR.
+# Options are those of sbatch/run_reuse_experiments.sh, and may change the study's own, such as --checkpoint; after --,
+# those of evaluate.py, such as --offline DIR.
 set -euo pipefail
 
 runner=$(dirname "${BASH_SOURCE[0]}")/../../../sbatch/run_reuse_experiments.sh
