@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastdllm.checkpoint import Adaptation, Checkpoint, open_checkpoint
 from fastdllm.cli import flatten, to_dict
 from fastdllm.decoding.engine import DecodeConfig, check_decoding
@@ -66,7 +68,7 @@ def by_checkpoint(config: EvaluateConfig) -> list[EvaluateConfig]:
 
 
 def _make_plan(config: EvaluateConfig) -> Plan:
-    source, device = source_of(config), pick_device(config.device)
+    source, device = source_of(config), device_of(config)
     checkpoint = open_checkpoint(source, dtype=pick_dtype(config.dtype, device), device=device)
     asked = [resolve_settings(config, checkpoint, point) for point in points(varied(config))]
     cells = make_cells(asked, config.repeat)
@@ -110,6 +112,16 @@ def check_likelihood(config: EvaluateConfig) -> None:
     inert = [f"{key} {value}" for key, value in (own | values).items() if key.removeprefix("decode.") in DECODING]
     if inert:
         raise ValueError(unused_by_likelihood(inert))
+
+
+def device_of(config: EvaluateConfig) -> torch.device:
+    """Return the device that is measured on; to list or plan rows it need not be here if their dtype is named too.
+
+    So a cluster's login node without a GPU finds the rows of those that have one: both are in a row's name.
+    """
+    if (config.status or config.dry_run) and config.device.startswith("cuda") and config.dtype != "auto":
+        return torch.device(config.device)
+    return pick_device(config.device)
 
 
 def source_of(config: EvaluateConfig) -> str:
@@ -164,7 +176,7 @@ def resolve_settings(
         decode["threshold"] = adaptation.threshold
     if adaptation and config.decode.sub_block_size == default.sub_block_size:
         decode["sub_block_size"] = adaptation.sub_block_size
-    device = pick_device(config.device)
+    device = device_of(config)
     settings = {
         **{name: getattr(config, name) for name in ASKED},
         **decode,

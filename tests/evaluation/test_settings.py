@@ -1,5 +1,6 @@
 """Checkpoints, run folders, and what decides a measurement."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -114,3 +115,15 @@ def test_several_checkpoints_follow_one_another_and_the_plain_one_is_one_cell(ad
         make_plans(EvaluateConfig(device="cpu", axes=AxesConfig(checkpoint=[adapted, adapted])))
     with pytest.raises(ValueError, match="threshold 0.5: without effect in mode ar, which .*plain is decoded in"):
         make_plans(EvaluateConfig(device="cpu", axes=AxesConfig(checkpoint=[plain], task=["x"], threshold=[0.5])))
+
+
+def test_rows_of_a_gpu_are_listed_without_one_if_their_dtype_is_named(adapted, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for purpose in ({"status": True}, {"dry_run": True}):
+        config = EvaluateConfig(checkpoint=adapted, device="cuda", dtype="float16", **purpose)
+        ((cell,),) = [plan.cells for plan in make_plans(config)]
+        assert (cell.settings["device"], cell.settings["dtype"]) == ("cuda", "float16")
+        with pytest.raises(ValueError, match="needs a CUDA GPU"):
+            make_plans(dataclasses.replace(config, dtype="auto"))
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        make_plans(dataclasses.replace(config, dry_run=False))

@@ -1,4 +1,4 @@
-"""A Slurm cluster of one host for these tests, and the tiny model of the training tests."""
+"""A Slurm cluster of one host, a repository to call scripts in, and the tiny model of the training tests."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from training.conftest import make_config, source  # noqa: F401 (fixtures)
+from training.conftest import ROOT, make_config, source  # noqa: F401 (fixtures)
 
 SETUP = Path(__file__).parent / "setup_cluster.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -27,3 +27,15 @@ def cluster(tmp_path_factory):
         finally:
             subprocess.run(["scancel", "--me"], check=False)
             subprocess.run([SETUP, "stop", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The repository's root for scripts: rows and logs that they write lie here, what they read is linked."""
+    root = tmp_path_factory.mktemp("checkout")
+    (root / "logs").mkdir()
+    for scripts in ("sbatch", "experiments/00_baseline/sbatch"):
+        shutil.copytree(ROOT / scripts, root / scripts)
+    for name in ("fastdllm", "data", "evaluate.py", "pyproject.toml"):
+        (root / name).symlink_to(ROOT / name)
+    return root
