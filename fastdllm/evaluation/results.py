@@ -21,9 +21,11 @@ ROW_FIELDS = (
     *("num_samples", "accuracy", "accuracy_stderr", "accuracy_by_split", "metrics"),
     *("counted_tokens", "computed_tokens", "prefill_passes", "denoise_passes", "append_passes", "full_passes"),
     *("layers_run", "tokens_per_forward", "tokens_per_second", "decode_tokens_per_second", "seconds"),
-    *("decode_seconds", "device", "dtype", "revision", "is_dirty", "versions", "config", "config_digest"),
+    *("decode_seconds", "device", "clock_mhz", "load_average", "dtype", "revision", "is_dirty", "versions", "config"),
+    *("config_digest", "outcomes"),
 )
-ADDED_FIELDS = {"likelihood": None}  # which rows from before them lack, with what was true then
+# Fields which rows from before them lack, with what was true then, None where it was not noted.
+ADDED_FIELDS = dict.fromkeys(("likelihood", "clock_mhz", "load_average", "outcomes"))
 COLUMNS = ("model", "tokens seen", "decoding", "accuracy", "tokens per forward", "tokens/s", "decode tokens/s")
 VARYING_SETTINGS = (
     "task",
