@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from fastdllm.evaluation.events import CELLS
 from fastdllm.evaluation.results import Row, caption, check_one_revision, when_reused
 from fastdllm.masks import CLEAN, dense_attention_mask, training_attention, training_rows
 
@@ -115,7 +116,8 @@ def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    files = sorted(Path(folder).rglob("events.out.tfevents*"))
+    found = sorted(Path(folder).rglob("events.out.tfevents*"))
+    files = [file for file in found if CELLS not in file.relative_to(folder).parts]  # those are of evaluations
     if not files:
         raise FileNotFoundError(f"{folder} holds no TensorBoard events; give a run folder such as runs/demo.")
     scalars: dict[str, dict[int, float]] = {}

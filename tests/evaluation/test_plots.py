@@ -3,7 +3,10 @@
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from fastdllm.evaluation.events import write_events
 from fastdllm.evaluation.plots import draw_curves, read_scalars
+
+from .rows import cell, fake_row
 
 
 def log(folder, values):
@@ -18,6 +21,12 @@ def test_a_later_start_replaces_what_it_repeats(tmp_path):
     log(tmp_path / "tensorboard", {1: 3.0, 2: 2.5, 3: 9.0})
     log(tmp_path / "tensorboard2", {3: 2.0, 4: 1.5})
     assert read_scalars(tmp_path)["train/loss"] == [(1, 3.0), (2, 2.5), (3, 2.0), (4, 1.5)]
+
+
+def test_evaluations_in_the_run_folder_are_no_part_of_its_curves(tmp_path):
+    log(tmp_path / "tensorboard", {1: 3.0})
+    write_events(tmp_path / "cells" / "one", fake_row(cell()))
+    assert "evaluation/accuracy" not in read_scalars(tmp_path) and "train/loss" in read_scalars(tmp_path)
 
 
 def test_curves_of_two_runs_are_a_png(tmp_path):
