@@ -1,18 +1,24 @@
 """Rows to figures: accuracy against tokens per forward and per second; training curves; the training mask."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from PIL import Image
 
 from fastdllm.evaluation.events import CELLS
-from fastdllm.evaluation.results import Row, caption, check_one_revision, when_reused
+from fastdllm.evaluation.results import Row, caption, check_one_revision, repeats_of, when_reused
+from fastdllm.evaluation.scoring import wilson_interval
 from fastdllm.masks import CLEAN, dense_attention_mask, training_attention, training_rows
 
+NOTE = "Rows"  # what a PNG calls the digest of the rows that it was drawn from
 AXES = (
     ("tokens_per_forward", "tokens per forward pass (tokens)"),
     ("tokens_per_second", "throughput (tokens/s)"),
@@ -28,6 +34,9 @@ SUBSET_MARKERS = {"first": "^", "middle": "s", "last": "v"}
 def draw_accuracy(rows: Sequence[Row], path: str | Path, show_mixed_revisions: bool = False) -> Path:
     """Draw accuracy against both speeds, with the AR baseline as a dashed line, into a PNG; return its path.
 
+    Repeats of a cell are one point, at their mean and with their range; accuracy has its 95 % interval. The grey line
+    is the Pareto frontier: no cell is better in both than a cell on it.
+
     Raises:
         ValueError: no row, rows without speeds, or rows of mixed revisions.
     """
@@ -37,28 +46,70 @@ def draw_accuracy(rows: Sequence[Row], path: str | Path, show_mixed_revisions: b
     check_one_revision(rows, show_mixed_revisions)
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
+    groups = repeats_of(rows)
     for axes, (field, label) in zip(figure.subplots(1, 2, sharey=True), AXES, strict=True):
-        _draw_axes(axes, rows, field)
+        _draw_axes(axes, groups, field)
         axes.set(xlabel=label, ylabel="accuracy (%)", ylim=(-3, 103))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=7)
     figure.suptitle(caption(rows), fontsize=8)
+    return save(figure, path, rows)
+
+
+def save(figure: Figure, path: str | Path, rows: Any = None, dpi: int = 110) -> Path:
+    """Write the figure as a PNG and return its path; its bytes depend on what is drawn, and on nothing else.
+
+    Another version of matplotlib may draw other bytes; which rows a figure was drawn from can be read back
+    (`drawn_from`).
+
+    Args:
+        rows: what it was drawn from, as JSON; None: not noted.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    noted = {} if rows is None else {NOTE: rows_digest(rows)}
+    figure.savefig(path, dpi=dpi, metadata={"Software": None, **noted})
     return path
 
 
-def _draw_axes(axes: Axes, rows: Sequence[Row], field: str) -> None:
-    colours = {label: f"C{number}" for number, label in enumerate(dict.fromkeys(row["label"] for row in rows))}
-    for row in rows:
+def rows_digest(rows: Any) -> str:
+    """Return 16 hex digits over rows, or whatever else a figure is drawn from."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def drawn_from(path: str | Path) -> str | None:
+    """Return the digest of the rows that a figure was drawn from; None if it is not there or does not say."""
+    if not Path(path).exists():
+        return None
+    with Image.open(path) as image:
+        return image.info.get(NOTE)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points than which no other is at least as large in both numbers and larger in one, by the first."""
+    return sorted({
+        (x, y) for x, y in points if not any(a >= x and b >= y and (a > x or b > y) for a, b in points)
+    })  # fmt: skip
+
+
+def _draw_axes(axes: Axes, groups: Sequence[Sequence[Row]], field: str) -> None:
+    labels = dict.fromkeys(group[0]["label"] for group in groups)
+    colours = {label: f"C{number}" for number, label in enumerate(labels)}
+    points = [(_mean(group, field), 100 * _mean(group, "accuracy")) for group in groups]
+    frontier = pareto(points)
+    axes.step(*zip(*frontier, strict=True), where="pre", color="0.7", linewidth=3, zorder=0, label="Pareto frontier")
+    for group, (speed, accuracy) in zip(groups, points, strict=True):
+        row = group[0]
         colour, is_baseline = colours[row["label"]], row["mode"] == "ar"
         if is_baseline:
-            axes.axhline(100 * row["accuracy"], color=colour, linestyle="--", linewidth=1)
+            axes.axhline(accuracy, color=colour, linestyle="--", linewidth=1)
+        speeds = [one[field] for one in group]
+        low, high = (100 * end for end in wilson_interval(accuracy / 100 * row["num_samples"], row["num_samples"]))
         axes.errorbar(
-            row[field],
-            100 * row["accuracy"],
-            yerr=100 * row["accuracy_stderr"],
+            speed,
+            accuracy,
+            xerr=[[speed - min(speeds)], [max(speeds) - speed]],
+            yerr=[[max(0.0, accuracy - low)], [max(0.0, high - accuracy)]],
             color=colour,
             marker="*" if is_baseline else _marker(row),
             fillstyle="full" if (row["reuse_k"] or 1) < 3 else "none",
@@ -66,6 +117,10 @@ def _draw_axes(axes: Axes, rows: Sequence[Row], field: str) -> None:
             label=f"{row['label']}: {_short(row)}",
         )
     axes.grid(alpha=0.3)
+
+
+def _mean(group: Sequence[Row], name: str) -> float:
+    return sum(row[name] for row in group) / len(group)
 
 
 def _short(row: Row) -> str:
@@ -102,10 +157,7 @@ def draw_curves(runs: Mapping[str, str | Path], path: str | Path) -> Path:
         axes.set(xlabel="document tokens (millions)", ylabel=name)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=7)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    return path
+    return save(figure, path, dpi=100)
 
 
 def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
@@ -138,7 +190,7 @@ def draw_attention_mask(path: str | Path, *, length: int = 16, block_size: int =
     figure = Figure(figsize=(5.4, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.imshow(colours, cmap=ListedColormap(["#f4f4f4", "#3b6fb6", "#e08a2e"]))
+    axes.imshow(colours.numpy(), cmap=ListedColormap(["#f4f4f4", "#3b6fb6", "#e08a2e"]))
     edges = [edge - 0.5 for edge in range(0, 3 * length + 1, block_size)]
     axes.set_xticks(edges, minor=True)
     axes.set_yticks(edges, minor=True)
@@ -151,10 +203,7 @@ def draw_attention_mask(path: str | Path, *, length: int = 16, block_size: int =
         axes.axhline(edge, color="black", linewidth=1)
         axes.axvline(edge, color="black", linewidth=1)
     axes.set(xlabel="keys: orange inside the row's own block, blue the clean blocks before it", ylabel="rows")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    return save(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,19 @@
 """Curves from TensorBoard's events: every start of a run counts, the later one where both logged a step."""
 
 import pytest
+from matplotlib.axes import Axes
 from torch.utils.tensorboard import SummaryWriter
 
 from fastdllm.evaluation.events import write_events
-from fastdllm.evaluation.plots import draw_curves, read_scalars
+from fastdllm.evaluation.plots import (
+    draw_accuracy,
+    draw_attention_mask,
+    draw_curves,
+    drawn_from,
+    pareto,
+    read_scalars,
+    rows_digest,
+)
 
 from .rows import cell, fake_row
 
@@ -34,6 +43,41 @@ def test_curves_of_two_runs_are_a_png(tmp_path):
         log(tmp_path / name, {1: 3.0, 2: 2.0})
     figure = draw_curves({"a": tmp_path / "a", "b": tmp_path / "b"}, tmp_path / "out" / "curves.png")
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_frontier_holds_what_nothing_beats_in_both():
+    assert pareto([(1, 9), (2, 8), (2, 7), (3, 8), (4, 1), (4, 1)]) == [(1, 9), (3, 8), (4, 1)]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The error bars that were drawn: x, y, its errors in x and y."""
+    calls, draw = [], Axes.errorbar
+
+    def note(axes, x, y, xerr, yerr, **style):
+        calls.append((x, y, xerr, yerr))
+        return draw(axes, x, y, xerr=xerr, yerr=yerr, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", note)
+    return calls
+
+
+def test_repeats_are_one_point_with_their_range(tmp_path, drawn):
+    again = [fake_row(cell(repeat=n), tokens_per_second=speed) for n, speed in ((1, 15.0), (2, 21.0))]
+    draw_accuracy([*again, fake_row(cell(mode="ar"))], tmp_path / "figure.png")
+    assert len(drawn) == 4  # two cells on two axes
+    x, y, xerr, yerr = drawn[2]
+    assert (x, y) == (18.0, 75.0) and xerr == [[3.0], [3.0]]
+    assert [y - yerr[0][0], y + yerr[1][0]] == pytest.approx([30.06, 95.44], abs=0.01)
+
+
+def test_a_figure_has_the_same_bytes_twice_and_says_what_it_was_drawn_from(tmp_path):
+    rows = [fake_row(cell()), fake_row(cell(reuse_k=2), tokens_per_second=20.0)]
+    once, again = (draw_accuracy(rows, tmp_path / name) for name in ("a.png", "b.png"))
+    assert once.read_bytes() == again.read_bytes() and once.stat().st_size < 200_000
+    assert drawn_from(once) == rows_digest(rows) != rows_digest(rows[:1])
+    assert drawn_from(tmp_path / "none.png") is None
+    assert drawn_from(draw_attention_mask(tmp_path / "mask.png")) is None
 
 
 def test_a_folder_without_events_is_named(tmp_path):
