@@ -117,10 +117,10 @@ def read_rows(folder: str | Path) -> list[Row]:
         ValueError: a file is not a row.
     """
     rows = [row for path in sorted(Path(folder).glob("*.json")) if (row := read_row(path)) is not None]
-    return sorted(rows, key=_place)
+    return sorted(rows, key=place)
 
 
-def _place(row: Row) -> tuple:
+def place(row: Row) -> tuple:
     subset = row["subset"] or ""
     order = SUBSET_ORDER.index(subset) if subset in SUBSET_ORDER else len(SUBSET_ORDER)
     return row["mode"] != "ar", row["label"], -(row["threshold"] or 0), row["reuse_k"] or 1, order, row["cell"]
@@ -267,9 +267,15 @@ def speed_up(group: Sequence[Row], baseline: Sequence[Row] | None) -> float | No
     return own / other
 
 
-def _spread(group: Sequence[Row], name: str, decimals: int = 1) -> str:
-    """Return the value that all have, or `mean (least to most)`; "-" where one has none."""
+def _spread(group: Sequence[Row], name: str, decimals: int | None = None) -> str:
+    """Return the value that all have, or `mean (least to most)`; "-" where one has none.
+
+    Args:
+        decimals: None: one, and none from 100 on.
+    """
     values = [row[name] for row in group]
+    if decimals is None:
+        decimals = 1 if None in values or max(values) < 100 else 0
     if None in values or len(set(values)) == 1:
         return _number(None if None in values else values[0], decimals)
     mean = sum(values) / len(values)
