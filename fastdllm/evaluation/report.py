@@ -8,13 +8,15 @@ A comment names a part, such as a table, and its options; paths are relative to 
 which stays as it is.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdllm.evaluation.plots import draw_accuracy, drawn_from, rows_digest
+from fastdllm.evaluation.calibration import calibration_caption, calibration_lines
+from fastdllm.evaluation.plots import draw_accuracy, draw_calibration, drawn_from, rows_digest
 from fastdllm.evaluation.results import BASELINES, Row, caption, markdown, place, read_row, table_lines
 from fastdllm.evaluation.significance import reference_of, significance_lines
 from fastdllm.runtime import write_text
@@ -123,7 +125,33 @@ def accuracy_figure(part: Part) -> str:
     return part.figure(rows, lambda file: draw_accuracy(rows, file, part.is_mixed), words)
 
 
+def calibration(part: Part) -> str:
+    """Return a row of calibration as a table with its caption. Option: rows, one file."""
+    row = _only_row(part)
+    total = sum(row["position_tokens"]) / sum(row["position_passes"])
+    runs = [f"{100 * row[name]['accuracy']:.1f} % of problems right" for name in ("one_token", "parallel")]
+    facts = f"One token per step: {runs[0]}; threshold {row['threshold']:g}: {runs[1]}, {total:.2f} tokens per forward."
+    return f"{markdown(calibration_lines(row))}\n\n{calibration_caption(row)} {facts}"
+
+
+def calibration_figure(part: Part) -> str:
+    """Draw a row of calibration. Options: rows, one file; file."""
+    row = _only_row(part)
+    words = "share of proposals that are right by confidence; tokens per forward by place in the block"
+    return part.figure(row, lambda file: draw_calibration(row, file), words)
+
+
+def _only_row(part: Part) -> Row:
+    files = part.files()
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{part.page}: a report of calibration shows one row, got {len(files)} ({names}); name one.")
+    return json.loads(files[0].read_text())
+
+
 MAKERS = {
+    "calibration": Maker(make=calibration, options=frozenset({"rows"})),
+    "calibration_figure": Maker(make=calibration_figure, options=frozenset({"rows", "file"})),
     "accuracy": Maker(make=accuracy, options=frozenset({"rows", "mixed", "speeds"})),
     "significance": Maker(make=significance, options=frozenset({"rows", "against"})),
     "accuracy_figure": Maker(make=accuracy_figure, options=frozenset({"rows", "file", "mixed"})),
