@@ -3,7 +3,8 @@
     python benchmarks/reports.py          # make reports
 
 What a comment may ask for: the parts of fastdllm/evaluation/report.py, and those of benchmarks, below. Pages whose
-numbers came out of a program that keeps no rows have no comments. Run twice it changes nothing.
+numbers came out of a program that keeps no rows have no comments. Run twice it changes nothing: a figure is drawn only
+where it does not show its rows; delete it to have it drawn for another reason.
 """
 
 import json

@@ -20,6 +20,7 @@ from fastdllm.evaluation.results import Row, caption, check_one_revision, repeat
 from fastdllm.evaluation.scoring import wilson_interval
 from fastdllm.masks import CLEAN, dense_attention_mask, training_attention, training_rows
 
+LOWEST = -3  # percent, where axes of accuracy begin
 NOTE = "Rows"  # what a PNG calls the digest of the rows that it was drawn from
 AXES = (
     ("tokens_per_forward", "tokens per forward pass (tokens)"),
@@ -51,7 +52,7 @@ def draw_accuracy(rows: Sequence[Row], path: str | Path, show_mixed_revisions: b
     groups = repeats_of(rows)
     for axes, (field, label) in zip(figure.subplots(1, 2, sharey=True), AXES, strict=True):
         _draw_axes(axes, groups, field)
-        axes.set(xlabel=label, ylabel="accuracy (%)", ylim=(-3, 103))
+        axes.set(xlabel=label, ylabel="accuracy (%)", ylim=(LOWEST, 103))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=7)
     figure.suptitle(caption(rows), fontsize=8)
@@ -99,7 +100,8 @@ def _draw_axes(axes: Axes, groups: Sequence[Sequence[Row]], field: str) -> None:
     colours = {label: f"C{number}" for number, label in enumerate(labels)}
     points = [(_mean(group, field), 100 * _mean(group, "accuracy")) for group in groups]
     frontier = pareto(points)
-    axes.step(*zip(*frontier, strict=True), where="pre", color="0.7", linewidth=3, zorder=0, label="Pareto frontier")
+    corners = [(min(speed for speed, _ in points), frontier[0][1]), *frontier, (frontier[-1][0], LOWEST)]
+    axes.step(*zip(*corners, strict=True), where="pre", color="0.7", linewidth=3, zorder=0, label="Pareto frontier")
     for group, (speed, accuracy) in zip(groups, points, strict=True):
         row = group[0]
         colour, is_baseline = colours[row["label"]], row["mode"] == "ar"
@@ -110,7 +112,7 @@ def _draw_axes(axes: Axes, groups: Sequence[Sequence[Row]], field: str) -> None:
         axes.errorbar(
             speed,
             accuracy,
-            xerr=[[speed - min(speeds)], [max(speeds) - speed]],
+            xerr=[[max(0.0, speed - min(speeds))], [max(0.0, max(speeds) - speed)]],  # a mean is rounded
             yerr=[[max(0.0, accuracy - low)], [max(0.0, high - accuracy)]],
             color=colour,
             marker="*" if is_baseline else _marker(row),

@@ -130,7 +130,10 @@ def calibration(part: Part) -> str:
     row = _only_row(part)
     total = sum(row["position_tokens"]) / sum(row["position_passes"])
     runs = [f"{100 * row[name]['accuracy']:.1f} % of problems right" for name in ("one_token", "parallel")]
-    facts = f"One token per step: {runs[0]}; threshold {row['threshold']:g}: {runs[1]}, {total:.2f} tokens per forward."
+    facts = (
+        f"One token per step: {runs[0]}; threshold {row['threshold']:g}: {runs[1]}, {total:.2f} tokens per forward, "
+    )
+    facts += "those after the stop included."
     return f"{markdown(calibration_lines(row))}\n\n{calibration_caption(row)} {facts}"
 
 

@@ -71,6 +71,12 @@ def test_repeats_are_one_point_with_their_range(tmp_path, drawn):
     assert [y - yerr[0][0], y + yerr[1][0]] == pytest.approx([30.06, 95.44], abs=0.01)
 
 
+def test_repeats_whose_mean_is_rounded_beyond_them_are_drawn(tmp_path):
+    rows = [fake_row(cell(repeat=n), tokens_per_second=0.1, accuracy=0.1) for n in (1, 2, 3)]
+    assert sum([0.1] * 3) / 3 > 0.1
+    assert draw_accuracy(rows, tmp_path / "figure.png").exists()
+
+
 def test_a_figure_has_the_same_bytes_twice_and_says_what_it_was_drawn_from(tmp_path):
     rows = [fake_row(cell()), fake_row(cell(reuse_k=2), tokens_per_second=20.0)]
     once, again = (draw_accuracy(rows, tmp_path / name) for name in ("a.png", "b.png"))
