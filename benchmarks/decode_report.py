@@ -36,11 +36,12 @@ ANSWER_COLUMNS = {
     **{"spread": ("spread", ".1%"), "repeats": ("repeats", ""), "peak_memory_gb": ("peak GB", ".1f")},
     **{"capture_seconds": ("capture s", ".1f")},
 }
+COMMENT = "<!-- report: decode_speed"
 RESULTS = f"""# 02 How fast is a decoding pass, and from which batch on is token by token faster?
 
 **Command.** `python benchmarks/decode_speed.py`, then `--report`, which writes what stands between the comments.
 
-<!-- report: decode_speed rows=rows/*.json -->
+{COMMENT} rows=rows/*.json -->
 {END}
 
 <!-- report: batches_figure rows=rows/*.json file=batches.png -->
@@ -120,13 +121,15 @@ def write_report(folder: Path) -> None:
     """Write tables and figure into results.md beside the folder of rows; what else stands there stays.
 
     Raises:
-        ValueError: there are no rows, or comments of results.md that cannot be read.
+        ValueError: there are no rows, or results.md has no comment for the tables or one that cannot be read.
     """
     if not list(folder.glob("*.json")):
         raise ValueError(f"{folder} holds no rows; measure first.")
     path = folder.parent / "results.md"
     if not path.exists():
         write_text(path, RESULTS)
+    if COMMENT not in path.read_text():
+        raise ValueError(f"{path} has no comment {COMMENT} ... -->, behind which the tables go; add it, and {END}.")
     write_text(path, render(path, MAKERS))
     print(f"wrote {path}")
 

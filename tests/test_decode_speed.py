@@ -81,6 +81,9 @@ def test_rows_hold_their_fields_and_make_a_report(load, tmp_path, capsys):
     (tmp_path / "results.md").write_text(written.replace("**Command.**", "**Verdict.** Ours."))
     report.write_report(tmp_path / "rows")
     assert (tmp_path / "results.md").read_text() == written.replace("**Command.**", "**Verdict.** Ours.")
+    (tmp_path / "results.md").write_text("# No comments\n")
+    with pytest.raises(ValueError, match="results.md has no comment <!-- report: decode_speed"):
+        report.write_report(tmp_path / "rows")
     assert json.loads((tmp_path / "rows/tiny-token-1x1-c128.json").read_text())["engine"] == "fastdllm_ar"
 
 
