@@ -1,15 +1,17 @@
-"""Rows of decode_speed.py: written, printed, and made into the tables and the figure of results.md."""
+"""Rows of decode_speed.py: written, printed, and made into tables and a figure of results.md."""
 
 import json
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fastdllm.evaluation.plots import save
+from fastdllm.evaluation.report import END, Maker, Part, render
+from fastdllm.evaluation.results import markdown
 from fastdllm.runtime import write_text
 
 Row = dict[str, Any]
@@ -34,12 +36,15 @@ ANSWER_COLUMNS = {
     **{"spread": ("spread", ".1%"), "repeats": ("repeats", ""), "peak_memory_gb": ("peak GB", ".1f")},
     **{"capture_seconds": ("capture s", ".1f")},
 }
-START, END = "<!-- tables: decode_speed.py --report -->", "<!-- end of tables -->"
+COMMENT = "<!-- report: decode_speed"
 RESULTS = f"""# 02 How fast is a decoding pass, and from which batch on is token by token faster?
 
-**Command.** `python benchmarks/decode_speed.py`, then `--report`, which writes what stands between the two comments.
+**Command.** `python benchmarks/decode_speed.py`, then `--report`, which writes what stands between the comments.
 
-{START}
+{COMMENT} rows=rows/*.json -->
+{END}
+
+<!-- report: batches_figure rows=rows/*.json file=batches.png -->
 {END}
 """
 
@@ -56,9 +61,9 @@ def write_row(folder: str | Path, row: Row) -> None:
     write_text(Path(folder) / f"{row['cell'].replace('/', '-')}.json", json.dumps(row, indent=1) + "\n")
 
 
-def read_rows(folder: Path) -> list[Row]:
-    """Return the rows of a folder by shape, kind, engine, rows, batch and context."""
-    rows = [make_row(**json.loads(path.read_text())) for path in folder.glob("*.json")]
+def read_rows(files: Iterable[Path]) -> list[Row]:
+    """Return the rows of files by shape, kind, engine, rows, batch and context."""
+    rows = [make_row(**json.loads(path.read_text())) for path in files]
     order = ("shape", "kind", "engine", "rows", "batch_size", "context")
     return sorted(rows, key=lambda row: [row[name] for name in order])
 
@@ -113,28 +118,40 @@ def tables(rows: Sequence[Row]) -> list[list[list[str]]]:
 
 
 def write_report(folder: Path) -> None:
-    """Write tables and figure beside the folder of rows; what else stands in results.md stays.
+    """Write tables and figure into results.md beside the folder of rows; what else stands there stays.
 
     Raises:
-        ValueError: there are no rows, or results.md lacks the comments between which tables go.
+        ValueError: there are no rows, or results.md has no comment for the tables or one that cannot be read.
     """
-    rows = read_rows(folder)
-    if not rows:
+    if not list(folder.glob("*.json")):
         raise ValueError(f"{folder} holds no rows; measure first.")
     path = folder.parent / "results.md"
-    before = path.read_text() if path.exists() else RESULTS
-    parts = [caption(rows)]
-    for head, *lines in tables(rows):
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)))
-    if split(rows)[1]:
-        draw_batches(split(rows)[1], folder.parent / "batches.png")
-        parts.append("![tokens a second against batch](batches.png)")
-    pattern = re.compile(f"{re.escape(START)}.*{re.escape(END)}", re.DOTALL)
-    if not pattern.search(before):
-        raise ValueError(f"{path} lacks the lines {START} and {END}, between which the tables go.")
-    text = "\n\n".join([START, *parts, END])
-    write_text(path, pattern.sub(lambda _: text, before))
+    if not path.exists():
+        write_text(path, RESULTS)
+    if COMMENT not in path.read_text():
+        raise ValueError(f"{path} has no comment {COMMENT} ... -->, behind which the tables go; add it, and {END}.")
+    write_text(path, render(path, MAKERS))
     print(f"wrote {path}")
+
+
+def decode_speed(part: Part) -> str:
+    """Return the caption and the tables of the rows. Option: rows."""
+    rows = read_rows(part.files())
+    return "\n\n".join([caption(rows), *map(markdown, tables(rows))])
+
+
+def batches_figure(part: Part) -> str:
+    """Draw the rows of answers, unless the figure shows them already. Options: rows, file."""
+    answers = split(read_rows(part.files()))[1]
+    if not answers:
+        return "No answers are measured."
+    return part.figure(answers, lambda file: draw_batches(answers, file), "tokens a second against batch")
+
+
+MAKERS = {
+    "decode_speed": Maker(make=decode_speed, options=frozenset({"rows"})),
+    "batches_figure": Maker(make=batches_figure, options=frozenset({"rows", "file"})),
+}
 
 
 def caption(rows: Sequence[Row]) -> str:
@@ -194,4 +211,4 @@ def draw_batches(rows: Sequence[Row], path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    save(figure, path, rows)

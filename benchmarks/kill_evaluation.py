@@ -28,7 +28,7 @@ from fastdllm.runtime import code_revision
 
 ROOT = Path(__file__).parents[1]
 PLACES = {"start": 1, "sample": 6, "end": 2, "files": 2}  # where a kill comes, and how often
-TIMES = ("seconds", "decode_seconds", "tokens_per_second", "decode_tokens_per_second")
+TIMES = ("seconds", "decode_seconds", "tokens_per_second", "decode_tokens_per_second", "load_average", "clock_mhz")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from fastdllm.cli import run
 from fastdllm.decoding.engine import DecodeConfig, Engine, Request
 from fastdllm.decoding.reuse import ReuseConfig
 from fastdllm.decoding.rows import Completion
+from fastdllm.evaluation.results import markdown
 from fastdllm.runtime import code_revision, device_name, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +161,7 @@ def measure(config: TableConfig) -> None:
         settings = ("threshold", "sub_block_size", "batch_size", "limit")
         file = "-".join([name, *(f"{setting}={getattr(config, setting):g}" for setting in settings)])
         write_text(ROWS / f"{file}.json", json.dumps(row, indent=2) + "\n")
-    print(table(rows))
+    print(markdown(table(rows)))
 
 
 def ratios(row: dict, plain: dict) -> dict:
@@ -186,16 +187,16 @@ def ratios(row: dict, plain: dict) -> dict:
     }
 
 
-def table(rows: list[dict]) -> str:
-    """Return the rows as a Markdown table."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS)]
-    for row in rows:
+def table(rows: list[dict]) -> list[list[str]]:
+    """Return a heading and a line for each row, in the order of all_cells."""
+    lines, order = [list(COLUMNS)], list(all_cells())
+    for row in sorted(rows, key=lambda row: order.index(row["cell"])):
         shares = [f"{100 * row[name]:.1f} %" for name in ("eligible_share", "layers_saved", "rows_saved")]
         bounds = [f"{row[name]:.2f}" for name in ("operations_bound", "weights_bound")]
         gains = [_spread(row[name]) for name in ("wall_gains", "cpu_gains")]
         accuracy = f"{100 * row['accuracy']:.1f} %"
         lines.append([row["cell"], accuracy, *shares, *bounds, *gains, f"{row['gain_over_bound']:.2f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return lines
 
 
 def _spread(values: list[float]) -> str:

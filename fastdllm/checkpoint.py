@@ -77,6 +77,10 @@ class Checkpoint:
         """16 hex digits over config and weight bytes."""
         return self.read_digest()
 
+    def release(self) -> None:
+        """Let go of the weights; they are read again when next asked for."""
+        self.__dict__.pop("qwen", None)
+
     def model(self) -> BlockDiffusionLM:
         """Return the block-diffusion model around `qwen`; a plain checkpoint attends causally, in blocks of 32."""
         adaptation = self.adaptation or Adaptation(context_attention="causal")

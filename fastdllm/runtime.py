@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +71,25 @@ def device_name(device: torch.device) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"cpu ({models[0] if models else 'unknown'}, {torch.get_num_threads()} threads)"
+
+
+def clock_mhz(device: torch.device) -> int | None:
+    """Return what a GPU's multiprocessors are clocked at now, in MHz, as nvidia-smi says; None elsewhere or without it.
+
+    A GPU that is too hot or short of power lowers it, and with it every speed that is measured meanwhile.
+    """
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+    query = ["nvidia-smi", f"--id={name}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return int(answer) if answer.isdecimal() else None
+
+
+def load_average() -> float:
+    """Return how many processes of this machine wanted a core, on average over the last minute."""
+    return os.getloadavg()[0]
 
 
 def peak_flops(device: torch.device) -> float | None:

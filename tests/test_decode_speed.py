@@ -69,7 +69,7 @@ def test_rows_hold_their_fields_and_make_a_report(load, tmp_path, capsys):
     options = dict(cells=cells, passes=2, repeats=1, prompt_tokens=32, new_tokens=32, output=str(tmp_path / "rows"))
     speed.measure(speed.SpeedConfig(**options))
     assert "Left out" not in capsys.readouterr().out
-    rows = {row["cell"]: row for row in report.read_rows(tmp_path / "rows")}
+    rows = {row["cell"]: row for row in report.read_rows((tmp_path / "rows").glob("*.json"))}
     assert len(rows) == 4 and all(tuple(row) == report.ROW_FIELDS for row in rows.values())
     full, answers = rows["tiny/full/32x1/c128"], rows["tiny/answers/fastdllm/b1"]
     assert full["rows"] == 32 and full["ms_per_forward"] > 0 and full["bandwidth_fraction"] > 0
@@ -81,6 +81,9 @@ def test_rows_hold_their_fields_and_make_a_report(load, tmp_path, capsys):
     (tmp_path / "results.md").write_text(written.replace("**Command.**", "**Verdict.** Ours."))
     report.write_report(tmp_path / "rows")
     assert (tmp_path / "results.md").read_text() == written.replace("**Command.**", "**Verdict.** Ours.")
+    (tmp_path / "results.md").write_text("# No comments\n")
+    with pytest.raises(ValueError, match="results.md has no comment <!-- report: decode_speed"):
+        report.write_report(tmp_path / "rows")
     assert json.loads((tmp_path / "rows/tiny-token-1x1-c128.json").read_text())["engine"] == "fastdllm_ar"
 
 
@@ -88,7 +91,7 @@ def test_cells_of_reuse_stand_beside_their_bounds(load, tmp_path, capsys):
     speed, report = load("decode_speed"), load("decode_report")
     options = dict(repeats=1, prompt_tokens=32, new_tokens=64, output=str(tmp_path / "rows"))
     speed.measure(speed.SpeedConfig(cells=["tiny/reuse/*/b1"], **options))
-    rows = {row["engine"]: row for row in report.read_rows(tmp_path / "rows")}
+    rows = {row["engine"]: row for row in report.read_rows((tmp_path / "rows").glob("*.json"))}
     assert rows.keys() == load("decode_bench").REUSES.keys() and len({row["tokens"] for row in rows.values()}) == 1
     head, *lines = report.reuse_table(list(rows.values()))
     bounds = {line[1]: [float(number) for number in line[-2:]] for line in lines}

@@ -110,3 +110,18 @@ def test_a_lock_file_that_its_holder_deleted_locks_nothing(tmp_path, monkeypatch
     monkeypatch.setattr(runtime.fcntl, "flock", flock)
     with runtime.lock_file(path) as holder:
         assert holder == "" and len(opened) == 2 and path.exists()
+
+
+def test_a_cpu_has_no_gpu_clock_and_the_gpus_is_read_by_its_name(monkeypatch, tmp_path):
+    assert runtime.clock_mhz(torch.device("cpu")) is None
+    properties = type("Properties", (), {"uuid": "12ab"})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\ncase "$*" in *GPU-12ab*clocks.sm*) echo " 1980" ;; *) echo "[N/A]" ;; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runtime.clock_mhz(torch.device("cuda")) == 1980
+    properties.uuid = "other"
+    assert runtime.clock_mhz(torch.device("cuda")) is None
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert runtime.clock_mhz(torch.device("cuda")) is None

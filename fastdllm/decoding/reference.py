@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdllm.decoding.policies import accept_by_threshold, propose
+from fastdllm.decoding.trace import Step, note_step
 from fastdllm.masks import decode_attention_mask
 from fastdllm.model import BlockDiffusionLM
 
@@ -24,6 +25,8 @@ class Decoded:
     full_passes: int = 0
     margins: list[float] = field(default_factory=list)
     """The smallest distances of any decision to going the other way: confidence to threshold, and top-2 margins."""
+    trace: list[Step] | None = None
+    """What each denoising step proposed and accepted; None where that was not asked for."""
 
 
 @torch.no_grad()
@@ -35,9 +38,10 @@ def decode_plain(
     stop_ids: frozenset[int],
     threshold: float,
     sub_block_size: int,
+    is_traced: bool = False,
 ) -> Decoded:
     """Decode greedily with one pass over the whole sequence at each denoising step: no caches at all."""
-    result, size = Decoded(), model.block_size
+    result, size = Decoded(trace=[] if is_traced else None), model.block_size
     tokens = list(prompt)
     if len(tokens) % size == 0:
         tokens.append(_next_token(model, tokens))
@@ -73,6 +77,7 @@ def decode_with_stale_keys(
     sub_block_size: int,
     reuse_k: int = 1,
     is_trimmed: bool = False,
+    is_traced: bool = False,
 ) -> Decoded:
     """Decode greedily with the sub-block cache kept explicitly: the prefix is computed afresh at each pass, the block's
     own keys and values are those of the last full pass, overwritten in place by sub-block passes.
@@ -80,7 +85,7 @@ def decode_with_stale_keys(
     With reuse_k above 1 a reuse step runs no layer: it takes the logits of the last full pass, which is what reuse mode
     "output" amounts to for every subset (method.md 5.3). If `is_trimmed`, sub-block passes compute active rows alone.
     """
-    result, size, tokens = Decoded(), model.block_size, list(prompt)
+    result, size, tokens = Decoded(trace=[] if is_traced else None), model.block_size, list(prompt)
     if len(tokens) % size == 0:
         tokens.append(_next_token(model, tokens))
     while True:
@@ -250,6 +255,8 @@ def _unmask(tokens: list[int], offset: int, logits: Tensor, mask_id: int, thresh
     is_accepted = accept_by_threshold(confidence, is_candidate, threshold)
     for place in is_accepted[0].nonzero().flatten().tolist():
         tokens[offset + place] = int(token[0, place])
+    if result.trace is not None:
+        result.trace.append(note_step(offset, token, confidence, is_candidate, is_accepted))
     _note_margins(logits, confidence, is_candidate, is_accepted, threshold, result)
 
 

@@ -9,7 +9,7 @@ import functools
 import random
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from fastdllm.evaluation.likelihood import LIKELIHOODS, Pair, Score, autoregress
 from fastdllm.evaluation.progress import Progress
 from fastdllm.evaluation.scoring import TaskRun, collect
 from fastdllm.evaluation.store import Key, SampleStore, digest
-from fastdllm.runtime import pick_device
+from fastdllm.runtime import clock_mhz, pick_device
 
 PUBLISHED_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{{}}."
 PUBLISHED_EDITS = {"gsm8k": "Answer:", "minerva_math": "Solution:"}  # task name prefix -> text that is replaced
@@ -47,6 +47,7 @@ LOCAL_TASKS = Path("data/tiny/tasks")
 OFFLINE_DATA = {"gsm8k": "openai/gsm8k", "minerva_math": "EleutherAI/hendrycks_math"}
 OFFLINE_DATA |= {"minerva_math500": "HuggingFaceH4/MATH-500", "ifeval": "google/IFEval"}
 LIKELIHOOD_TYPES = ("loglikelihood", "multiple_choice")
+WARM_UP_REQUESTS = 4  # answered for one block at most
 LM_EVAL_DEFAULTS = {"batch_size": 1, "device": "cuda:0"}  # what its command line passes when nothing is given
 
 
@@ -80,6 +81,8 @@ class FastDLLMv2(TemplateLM):
         """What was counted, by (task name, problem number)."""
         self.likelihood: str | None = None
         """Which log-likelihood was computed, if any."""
+        self.clock_mhz: int | None = None
+        """The GPU's clock after the warm-up."""
         self.seconds, self.decode_seconds = 0.0, 0.0
         """Wall time inside the engine, warm-up excluded; 0 for decode_seconds where the engine does not tell. What the
         store's samples took is part of it."""
@@ -174,11 +177,8 @@ class FastDLLMv2(TemplateLM):
 
     def _answer(self, queue: list[Request], keys: list[Key], done: Mapping[int, Any]) -> Iterator[Completion]:
         """Answer what is not done, counting the time; yield each answer once it is kept."""
+        self._warm_up(queue)
         engine = self._engine()
-        if self._device.type == "cuda":  # allocator, kernels and libraries are set up outside the timing
-            list(engine.run([Request(prompt=queue[0].prompt, max_new_tokens=self.model.block_size)]))
-            engine.free()
-            engine = self._engine()
         seconds, decode_seconds = 0.0, 0.0
         for completion in engine.run(queue, skip=done):
             if self.store is not None:
@@ -190,6 +190,14 @@ class FastDLLMv2(TemplateLM):
         self.seconds += engine.seconds
         self.decode_seconds += engine.decode_seconds or 0.0
         engine.free()
+
+    def _warm_up(self, queue: list[Request]) -> None:
+        """Answer a few requests in part, outside the timing: allocator, kernels and libraries set themselves up."""
+        engine, most = self._engine(), self.model.block_size
+        few = [replace(one, max_new_tokens=min(one.max_new_tokens, most)) for one in queue[:WARM_UP_REQUESTS]]
+        list(engine.run(few))
+        engine.free()
+        self.clock_mhz = clock_mhz(self._device)  # now, since an idle GPU has another one
 
     def _engine(self) -> Engine | TransformersEngine:
         arguments = self.arguments
@@ -253,6 +261,9 @@ class FastDLLMv2(TemplateLM):
         keys = [sample_key(instance, *pair) for instance, pair in zip(self._scored, pairs, strict=True)]
         scores = {number: (score, is_greedy) for number, (score, is_greedy) in self._kept(keys).items()}
         size = self.arguments.batch_size
+        if len(scores) < len(pairs):
+            self._score(pairs[:WARM_UP_REQUESTS])  # outside the timing, as in _warm_up
+            self.clock_mhz = clock_mhz(self._device)
         with Progress(self._scored, self.tasks, scores, is_hidden=disable_tqdm) as progress:
             for start in range(0, len(pairs), size):
                 batch = range(start, min(start + size, len(pairs)))

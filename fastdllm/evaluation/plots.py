@@ -1,17 +1,27 @@
-"""Rows to figures: accuracy against tokens per forward and per second; training curves; the training mask."""
+"""Rows to figures: accuracy against both speeds; calibration; training curves; the training mask."""
 
+import hashlib
+import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from PIL import Image
 
-from fastdllm.evaluation.results import Row, caption, check_one_revision, when_reused
+from fastdllm.evaluation.calibration import above, calibration_caption
+from fastdllm.evaluation.events import CELLS
+from fastdllm.evaluation.results import Row, caption, check_one_revision, repeats_of, when_reused
+from fastdllm.evaluation.scoring import wilson_interval
 from fastdllm.masks import CLEAN, dense_attention_mask, training_attention, training_rows
 
+LOWEST = -3  # percent, where axes of accuracy begin
+NOTE = "Rows"  # what a PNG calls the digest of the rows that it was drawn from
 AXES = (
     ("tokens_per_forward", "tokens per forward pass (tokens)"),
     ("tokens_per_second", "throughput (tokens/s)"),
@@ -27,6 +37,9 @@ SUBSET_MARKERS = {"first": "^", "middle": "s", "last": "v"}
 def draw_accuracy(rows: Sequence[Row], path: str | Path, show_mixed_revisions: bool = False) -> Path:
     """Draw accuracy against both speeds, with the AR baseline as a dashed line, into a PNG; return its path.
 
+    Repeats of a cell are one point, at their mean and with their range; accuracy has its 95 % interval. The grey line
+    is the Pareto frontier: no cell is better in both than a cell on it.
+
     Raises:
         ValueError: no row, rows without speeds, or rows of mixed revisions.
     """
@@ -36,28 +49,71 @@ def draw_accuracy(rows: Sequence[Row], path: str | Path, show_mixed_revisions: b
     check_one_revision(rows, show_mixed_revisions)
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
+    groups = repeats_of(rows)
     for axes, (field, label) in zip(figure.subplots(1, 2, sharey=True), AXES, strict=True):
-        _draw_axes(axes, rows, field)
-        axes.set(xlabel=label, ylabel="accuracy (%)", ylim=(-3, 103))
+        _draw_axes(axes, groups, field)
+        axes.set(xlabel=label, ylabel="accuracy (%)", ylim=(LOWEST, 103))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=7)
     figure.suptitle(caption(rows), fontsize=8)
+    return save(figure, path, rows)
+
+
+def save(figure: Figure, path: str | Path, rows: Any = None, dpi: int = 110) -> Path:
+    """Write the figure as a PNG and return its path; its bytes depend on what is drawn, and on nothing else.
+
+    Another version of matplotlib may draw other bytes; which rows a figure was drawn from can be read back
+    (`drawn_from`).
+
+    Args:
+        rows: what it was drawn from, as JSON; None: not noted.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    noted = {} if rows is None else {NOTE: rows_digest(rows)}
+    figure.savefig(path, dpi=dpi, metadata={"Software": None, **noted})
     return path
 
 
-def _draw_axes(axes: Axes, rows: Sequence[Row], field: str) -> None:
-    colours = {label: f"C{number}" for number, label in enumerate(dict.fromkeys(row["label"] for row in rows))}
-    for row in rows:
+def rows_digest(rows: Any) -> str:
+    """Return 16 hex digits over rows, or whatever else a figure is drawn from."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def drawn_from(path: str | Path) -> str | None:
+    """Return the digest of the rows that a figure was drawn from; None if it is not there or does not say."""
+    if not Path(path).exists():
+        return None
+    with Image.open(path) as image:
+        return image.info.get(NOTE)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points than which no other is at least as large in both numbers and larger in one, by the first."""
+    return sorted({
+        (x, y) for x, y in points if not any(a >= x and b >= y and (a > x or b > y) for a, b in points)
+    })  # fmt: skip
+
+
+def _draw_axes(axes: Axes, groups: Sequence[Sequence[Row]], field: str) -> None:
+    labels = dict.fromkeys(group[0]["label"] for group in groups)
+    colours = {label: f"C{number}" for number, label in enumerate(labels)}
+    points = [(_mean(group, field), 100 * _mean(group, "accuracy")) for group in groups]
+    frontier = pareto(points)
+    corners = [(min(speed for speed, _ in points), frontier[0][1]), *frontier, (frontier[-1][0], LOWEST)]
+    axes.step(*zip(*corners, strict=True), where="pre", color="0.7", linewidth=3, zorder=0, label="Pareto frontier")
+    for group, (speed, accuracy) in zip(groups, points, strict=True):
+        row = group[0]
         colour, is_baseline = colours[row["label"]], row["mode"] == "ar"
         if is_baseline:
-            axes.axhline(100 * row["accuracy"], color=colour, linestyle="--", linewidth=1)
+            axes.axhline(accuracy, color=colour, linestyle="--", linewidth=1)
+        speeds = [one[field] for one in group]
+        low, high = (100 * end for end in wilson_interval(accuracy / 100 * row["num_samples"], row["num_samples"]))
         axes.errorbar(
-            row[field],
-            100 * row["accuracy"],
-            yerr=100 * row["accuracy_stderr"],
+            speed,
+            accuracy,
+            xerr=[[max(0.0, speed - min(speeds))], [max(0.0, max(speeds) - speed)]],  # a mean is rounded
+            yerr=[[max(0.0, accuracy - low)], [max(0.0, high - accuracy)]],
             color=colour,
             marker="*" if is_baseline else _marker(row),
             fillstyle="full" if (row["reuse_k"] or 1) < 3 else "none",
@@ -65,6 +121,10 @@ def _draw_axes(axes: Axes, rows: Sequence[Row], field: str) -> None:
             label=f"{row['label']}: {_short(row)}",
         )
     axes.grid(alpha=0.3)
+
+
+def _mean(group: Sequence[Row], name: str) -> float:
+    return sum(row[name] for row in group) / len(group)
 
 
 def _short(row: Row) -> str:
@@ -78,6 +138,40 @@ def _short(row: Row) -> str:
 def _marker(row: Row) -> str:
     """Return the marker of a row: by subset where layers are reused, a diamond for one token per pass, else a disc."""
     return SUBSET_MARKERS.get(row["subset"], "D" if row["threshold"] == 1.0 else "o")
+
+
+def draw_calibration(row: Row, path: str | Path) -> Path:
+    """Draw a row of calibration into a PNG: how often proposals above a confidence are right, and tokens per forward
+    at each place of the block."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    edges = row["edges"][:-1]
+    left.plot([100 * edge for edge in edges], color="0.7", linestyle="--", label="the confidence itself")
+    for name, good, label in (
+        ("proposals", "right", "all proposals"),
+        ("waiting", "waiting_right", "waiting: not the step's best"),
+    ):
+        counts = [(above(row[good], edge), above(row[name], edge)) for edge in range(len(edges))]
+        places = [place for place, (_, number) in enumerate(counts) if number]
+        shares = [100 * counts[place][0] / counts[place][1] for place in places]
+        ends = [wilson_interval(*counts[place]) for place in places]
+        lengths = zip(*((s - 100 * a, 100 * b - s) for s, (a, b) in zip(shares, ends, strict=True)), strict=True)
+        bars = [[max(0.0, length) for length in side] for side in lengths]
+        left.errorbar(places, shares, yerr=bars or None, marker="o", markersize=4, label=label)
+    left.set_xticks(range(len(edges)), [f"{edge:g}" for edge in edges], fontsize=7)
+    left.set(xlabel="confidence above", ylabel="right (%)", ylim=(-3, 103))
+    left.legend(fontsize=7)
+    per_place = [n / p if p else 0.0 for n, p in zip(row["position_tokens"], row["position_passes"], strict=True)]
+    right.bar(range(len(per_place)), per_place)
+    mean = sum(row["position_tokens"]) / sum(row["position_passes"])
+    right.axhline(mean, color="black", linestyle="--", label=f"all places: {mean:.2f}")
+    right.set(xlabel="place in the block", ylabel=f"tokens per forward pass at threshold {row['threshold']:g} (tokens)")
+    right.legend(fontsize=7)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle("\n".join(textwrap.wrap(calibration_caption(row), 190)), fontsize=7)
+    return save(figure, path, row)
 
 
 def draw_curves(runs: Mapping[str, str | Path], path: str | Path) -> Path:
@@ -101,10 +195,7 @@ def draw_curves(runs: Mapping[str, str | Path], path: str | Path) -> Path:
         axes.set(xlabel="document tokens (millions)", ylabel=name)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=7)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    return path
+    return save(figure, path, dpi=100)
 
 
 def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
@@ -115,7 +206,8 @@ def read_scalars(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    files = sorted(Path(folder).rglob("events.out.tfevents*"))
+    found = sorted(Path(folder).rglob("events.out.tfevents*"))
+    files = [file for file in found if CELLS not in file.relative_to(folder).parts]  # those are of evaluations
     if not files:
         raise FileNotFoundError(f"{folder} holds no TensorBoard events; give a run folder such as runs/demo.")
     scalars: dict[str, dict[int, float]] = {}
@@ -136,7 +228,7 @@ def draw_attention_mask(path: str | Path, *, length: int = 16, block_size: int =
     figure = Figure(figsize=(5.4, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.imshow(colours, cmap=ListedColormap(["#f4f4f4", "#3b6fb6", "#e08a2e"]))
+    axes.imshow(colours.numpy(), cmap=ListedColormap(["#f4f4f4", "#3b6fb6", "#e08a2e"]))
     edges = [edge - 0.5 for edge in range(0, 3 * length + 1, block_size)]
     axes.set_xticks(edges, minor=True)
     axes.set_yticks(edges, minor=True)
@@ -149,10 +241,7 @@ def draw_attention_mask(path: str | Path, *, length: int = 16, block_size: int =
         axes.axhline(edge, color="black", linewidth=1)
         axes.axvline(edge, color="black", linewidth=1)
     axes.set(xlabel="keys: orange inside the row's own block, blue the clean blocks before it", ylabel="rows")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    return save(figure, path)
 
 
 if __name__ == "__main__":

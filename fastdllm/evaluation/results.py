@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fastdllm.evaluation.scoring import wilson_interval
 from fastdllm.runtime import write_text
 
 Row = dict[str, Any]
@@ -21,10 +22,16 @@ ROW_FIELDS = (
     *("num_samples", "accuracy", "accuracy_stderr", "accuracy_by_split", "metrics"),
     *("counted_tokens", "computed_tokens", "prefill_passes", "denoise_passes", "append_passes", "full_passes"),
     *("layers_run", "tokens_per_forward", "tokens_per_second", "decode_tokens_per_second", "seconds"),
-    *("decode_seconds", "device", "dtype", "revision", "is_dirty", "versions", "config", "config_digest"),
+    *("decode_seconds", "device", "clock_mhz", "load_average", "dtype", "revision", "is_dirty", "versions", "config"),
+    *("config_digest", "outcomes"),
 )
-ADDED_FIELDS = {"likelihood": None}  # which rows from before them lack, with what was true then
-COLUMNS = ("model", "tokens seen", "decoding", "accuracy", "tokens per forward", "tokens/s", "decode tokens/s")
+# Fields which rows from before them lack, with what was true then, None where it was not noted.
+ADDED_FIELDS = dict.fromkeys(("likelihood", "clock_mhz", "load_average", "outcomes"))
+COLUMNS = (
+    *("model", "tokens seen", "decoding", "accuracy (95 %)", "tokens per forward", "tokens/s", "decode tokens/s"),
+    *("of our AR", "of transformers' AR", "tokens counted", "computed"),
+)
+BASELINES = {"of our AR": "fastdllm", "of transformers' AR": "transformers"}  # column -> engine, in mode ar
 VARYING_SETTINGS = (
     "task",
     "sub_block_size",
@@ -36,8 +43,11 @@ VARYING_SETTINGS = (
     "dtype",
 )
 REPEATED = ("checkpoint_hash", "num_samples", "device", "dtype", "revision", "is_dirty")  # the same in all repeats
+# What a baseline has in common with a row beside which its speed is set, in the row and in its config.
+SAME = ("task", "batch_size", "num_samples", "device", "dtype", "revision", "is_dirty")
+SAME_SETTINGS = ("max_new_tokens", "prompt", "temperature")
 SUBSET_ORDER = ("", "first", "middle", "last")
-PIPE_WIDTH = 120  # columns where the output is no terminal
+PIPE_WIDTH = 160  # columns where the output is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +117,10 @@ def read_rows(folder: str | Path) -> list[Row]:
         ValueError: a file is not a row.
     """
     rows = [row for path in sorted(Path(folder).glob("*.json")) if (row := read_row(path)) is not None]
-    return sorted(rows, key=_place)
+    return sorted(rows, key=place)
 
 
-def _place(row: Row) -> tuple:
+def place(row: Row) -> tuple:
     subset = row["subset"] or ""
     order = SUBSET_ORDER.index(subset) if subset in SUBSET_ORDER else len(SUBSET_ORDER)
     return row["mode"] != "ar", row["label"], -(row["threshold"] or 0), row["reuse_k"] or 1, order, row["cell"]
@@ -217,21 +227,55 @@ def table_lines(rows: Sequence[Row], show_mixed_revisions: bool = False) -> list
         speeds = [_spread(group, "tokens_per_forward", 2)]
         speeds += [_spread(group, name) for name in ("tokens_per_second", "decode_tokens_per_second")]
         line = [row["label"], tokens, describe_decoding(row), _accuracy(group), *speeds]
+        line += [_number(speed_up(group, baseline_of(group, groups, engine)), 2) for engine in BASELINES.values()]
+        line += [_spread(group, name, 0) for name in ("counted_tokens", "computed_tokens")]
         lines.append(line + ["-" if values[number] is None else str(values[number]) for values in varying.values()])
     return lines
 
 
 def _accuracy(group: Sequence[Row]) -> str:
-    """Return the accuracy with its standard error, or mean and spread where repeats differ."""
+    """Return the accuracy with its 95 % interval, or mean and range where repeats differ."""
     values = [100 * row["accuracy"] for row in group]
     if len(set(values)) > 1:
-        return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f}) %"
-    return f"{values[0]:.1f} ± {100 * group[0]['accuracy_stderr']:.1f} %"
+        return f"{sum(values) / len(values):.1f} % (repeats: {min(values):.1f} to {max(values):.1f})"
+    low, high = wilson_interval(group[0]["accuracy"] * group[0]["num_samples"], group[0]["num_samples"])
+    return f"{values[0]:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _spread(group: Sequence[Row], name: str, decimals: int = 1) -> str:
-    """Return the value that all have, or `mean (least to most)`; "-" where one has none."""
+def baseline_of(group: Sequence[Row], groups: Sequence[Sequence[Row]], engine: str) -> Sequence[Row] | None:
+    """Return the repeats of the AR baseline in `engine` that the group's speed may be set beside; None without one.
+
+    It ran the same task with the same batch size, limits and revision on the same device. Of several models the one
+    that has the group's weights counts; if none has, there is no telling, and no baseline.
+    """
+
+    def key(row: Row) -> list[Any]:
+        return [row[name] for name in SAME] + [row["config"].get(name) for name in SAME_SETTINGS]
+
+    row = group[0]
+    found = [one for one in groups if (one[0]["mode"], one[0]["engine"]) == ("ar", engine) and key(one[0]) == key(row)]
+    if len(found) > 1:
+        found = [one for one in found if one[0]["checkpoint_hash"] == row["checkpoint_hash"]]
+    return found[0] if len(found) == 1 else None
+
+
+def speed_up(group: Sequence[Row], baseline: Sequence[Row] | None) -> float | None:
+    """Return the mean tokens per second of a group over those of its baseline; None where either has none."""
+    if baseline is None or None in [row["tokens_per_second"] for row in (*group, *baseline)]:
+        return None
+    own, other = (sum(row["tokens_per_second"] for row in rows) / len(rows) for rows in (group, baseline))
+    return own / other
+
+
+def _spread(group: Sequence[Row], name: str, decimals: int | None = None) -> str:
+    """Return the value that all have, or `mean (least to most)`; "-" where one has none.
+
+    Args:
+        decimals: None: one, and none from 100 on.
+    """
     values = [row[name] for row in group]
+    if decimals is None:
+        decimals = 1 if None in values or max(values) < 100 else 0
     if None in values or len(set(values)) == 1:
         return _number(None if None in values else values[0], decimals)
     mean = sum(values) / len(values)
@@ -248,13 +292,16 @@ def caption(rows: Sequence[Row]) -> str:
     task, metric, device, dtype, batch_size = [", ".join(each) for each in values]
     samples = ", ".join(str(number) for number in sorted({row["num_samples"] for row in rows}))
     commits = ", ".join(sorted({revision(row) for row in rows}))
-    facts = f"{task} ({metric}), {samples} problems, {device}, {dtype}, batch size {batch_size}, revision {commits}"
+    limits = sorted({row["config"].get("max_new_tokens") for row in rows} - {None})
+    length = "".join(f", at most {number} new tokens" if number else ", lengths of the task" for number in limits)
+    facts = f"{task} ({metric}), {samples} problems{length}, {device}, {dtype}, batch size {batch_size}"
+    facts += f", revision {commits}"
     return facts + ("; repeats: mean (least to most)" if len(rows) > len(repeats_of(rows)) else "")
 
 
 def print_table(rows: Sequence[Row], show_mixed_revisions: bool = False) -> None:
     """Print the rows on the terminal. Raises ValueError for rows of mixed revisions."""
-    header, *lines = table_lines(rows, show_mixed_revisions)
+    header, *lines = _without_empty(table_lines(rows, show_mixed_revisions))
     table = Table(caption=caption(rows))
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number in (0, 2) else "right", overflow="fold")
@@ -264,8 +311,18 @@ def print_table(rows: Sequence[Row], show_mixed_revisions: bool = False) -> None
     Console(width=console.width if console.is_terminal else PIPE_WIDTH).print(table)
 
 
+def _without_empty(lines: list[list[str]]) -> list[list[str]]:
+    """Return the lines without the columns in which all are a dash: a terminal is narrow."""
+    kept = [number for number in range(len(lines[0])) if {line[number] for line in lines[1:]} != {"-"}]
+    return [[line[number] for number in kept] for line in lines]
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Return a header and lines as a Markdown table."""
+    head, *body = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body))
+
+
 def markdown_table(rows: Sequence[Row], show_mixed_revisions: bool = False) -> str:
     """Return the rows as a Markdown table with its caption. Raises ValueError for rows of mixed revisions."""
-    header, *lines = table_lines(rows, show_mixed_revisions)
-    body = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in body) + f"\n\n{caption(rows)}\n"
+    return f"{markdown(table_lines(rows, show_mixed_revisions))}\n\n{caption(rows)}\n"

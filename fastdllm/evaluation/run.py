@@ -7,6 +7,8 @@ from typing import Any
 from fastdllm.checkpoint import Checkpoint
 from fastdllm.evaluation import harness, sweep
 from fastdllm.evaluation.config import EvaluateConfig
+from fastdllm.evaluation.events import CELLS, write_events
+from fastdllm.evaluation.outcomes import pack_outcomes
 from fastdllm.evaluation.results import (
     Counts,
     Row,
@@ -30,7 +32,7 @@ from fastdllm.evaluation.settings import (
     source_of,
 )
 from fastdllm.evaluation.store import SampleStore, digest
-from fastdllm.runtime import code_revision, device_name, library_versions, pick_device
+from fastdllm.runtime import code_revision, device_name, library_versions, load_average, pick_device
 
 
 def evaluate(config: EvaluateConfig) -> list[Row]:
@@ -58,9 +60,22 @@ def run_missing(config: EvaluateConfig) -> list[Row]:
     forced = sweep.forced_cells([cell for plan in plans for cell in plan.cells], config.force)
     revision = code_revision()  # what runs from here on, whatever is committed meanwhile
     rows: list[Row] = []
-    while plans:  # let go of each, so that the weights of one checkpoint are in memory at a time
-        rows += _run_plan(plans.pop(0), config, forced, revision)
+    for plan in plans if config.status else in_rounds(plans):
+        rows += _run_plan(plan, config, forced, revision)
+        plan.checkpoint.release()  # the weights of one checkpoint are in memory at a time
     return rows
+
+
+def in_rounds(plans: list[Plan]) -> list[Plan]:
+    """Return the plans cut up so that each repeat goes once through all checkpoints: drift meets all cells alike."""
+    if len(plans) == 1:
+        return plans  # its cells are in that order already
+    numbers = sorted({cell.settings["repeat"] for plan in plans for cell in plan.cells})
+    return [
+        dataclasses.replace(plan, cells=[cell for cell in plan.cells if cell.settings["repeat"] == number])
+        for number in numbers
+        for plan in plans
+    ]
 
 
 def _run_plan(plan: Plan, config: EvaluateConfig, forced: set[str], revision: tuple[str, bool]) -> list[Row]:
@@ -102,10 +117,11 @@ def measure(
 ) -> Row:
     """Run one cell, write its row and return it; the answers go into `<folder>/samples/<cell>.samples.jsonl`.
 
+    What TensorBoard shows of it goes into `<folder>/cells/<cell>/`.
     Finished samples are kept in `<cell>.partial.jsonl` until the row is there: a cell that was killed goes on with the
     missing ones.
     """
-    settings = cell.settings
+    settings, load = cell.settings, load_average()
     task = harness.load_task(settings["task"], config.offline)
     if task.is_likelihood:
         check_likelihood(config)
@@ -125,7 +141,8 @@ def measure(
     model.keep(store)
     result = harness.run_task(model, task, limit=cell.settings["limit"])
     write_samples(folder / "samples" / f"{cell.name}.samples.jsonl", result.problems, model.completions)
-    row = _make_row(cell, checkpoint, model, result, facts)
+    row = _make_row(cell, checkpoint, model, result, facts | {"load_average": load, "clock_mhz": model.clock_mhz})
+    write_events(folder / CELLS / cell.name, row)
     write_row(folder / "rows", row)  # before the samples go, so that a kill in between costs nothing
     store.remove()
     return row
@@ -149,6 +166,7 @@ def _make_row(
         metrics=result.metrics,
         likelihood=model.likelihood,
         dtype=str(model.model.dtype).removeprefix("torch."),
+        outcomes=pack_outcomes(result.problems, model.completions, mode=model.mode),
         config=cell.settings,
     )
 

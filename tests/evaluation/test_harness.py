@@ -105,6 +105,40 @@ def test_length_is_the_least_of_task_and_model_and_stop_strings_end_the_text(ada
     assert model(adapted, max_new_tokens=3)._request(0, requests[0]).max_new_tokens == 3
 
 
+@pytest.mark.parametrize("mode, engine", [("diffusion", "fastdllm"), ("ar", "fastdllm"), ("ar", "transformers")])
+def test_a_few_requests_are_answered_outside_the_timing_first(adapted, monkeypatch, mode, engine):
+    lm, runs = model(adapted, mode=mode, engine=engine, batch_size=8, max_new_tokens=40), []
+
+    class Clock:  # an engine that notes what it is asked, and says that it took a second for each request
+        def __init__(self):
+            self.seconds, self.decode_seconds = 0.0, None
+            self.engine = own_engine()
+
+        def run(self, requests, skip=()):
+            runs.append([request.max_new_tokens for request in requests])
+            self.seconds += len(requests)
+            yield from self.engine.run(requests, skip)
+
+        def free(self):
+            self.engine.free()
+
+    own_engine = lm._engine
+    monkeypatch.setattr(lm, "_engine", Clock)
+    requests = [
+        Instance(request_type="generate_until", doc={}, arguments=(text, {"until": []}), idx=0, metadata=("toy", n, 1))
+        for n, text in enumerate("abcdef")
+    ]
+    lm.generate_until(requests, disable_tqdm=True)
+    assert runs == [[32] * 4, [40] * 6] and lm.seconds == 6 and len(lm.completions) == 6
+
+
+def test_scoring_is_warmed_up_outside_the_timing(plain, monkeypatch):
+    lm, sizes, score = model(plain, batch_size=8), [], FastDLLMv2._score
+    monkeypatch.setattr(lm, "_score", lambda pairs: sizes.append((len(pairs), lm.seconds)) or score(lm, pairs))
+    lm.loglikelihood([instance("loglikelihood", "context", letter) for letter in "abcdef"], disable_tqdm=True)
+    assert sizes == [(4, 0.0), (6, 0.0)] and lm.seconds > 0
+
+
 def test_sampling_tasks_and_unknown_options_are_errors(adapted):
     for options, message in (({"do_sample": True}, "decoder is greedy"), ({"num_beams": 4}, "asks for num_beams")):
         with pytest.raises(ValueError, match=message):

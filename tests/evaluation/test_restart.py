@@ -9,7 +9,7 @@ from fastdllm.evaluation import store as store_module
 from fastdllm.evaluation.run import EvaluateConfig, evaluate
 from fastdllm.evaluation.store import SampleStore
 
-TIMES = ("seconds", "decode_seconds", "tokens_per_second", "decode_tokens_per_second")
+TIMES = ("seconds", "decode_seconds", "tokens_per_second", "decode_tokens_per_second", "load_average", "clock_mhz")
 
 
 class Killed(BaseException):

@@ -100,10 +100,10 @@ def test_adaptive_reuse_and_active_rows_are_named_where_they_are_unusual():
 def test_repeats_of_a_cell_are_one_line_with_mean_and_spread():
     again = [fake_row(cell(repeat=number), tokens_per_second=speed) for number, speed in ((1, 15.0), (2, 21.0))]
     header, line, other = table_lines([*again, fake_row(cell(reuse_k=2))])
-    assert line[3:6] == ["75.0 ± 21.7 %", "2.00", "18.0 (15.0 to 21.0)"]
+    assert line[3:6] == ["75.0 % (30.1 to 95.4)", "2.00", "18.0 (15.0 to 21.0)"]
     assert header[-1] == "repeats" and (line[-1], other[-1]) == ("2", "1") and other[5] == "15.0"
     again[1]["accuracy"] = 0.5
-    assert table_lines(again)[1][3] == "62.5 (50.0 to 75.0) %"
+    assert table_lines(again)[1][3] == "62.5 % (repeats: 50.0 to 75.0)"
     assert "repeats: mean" in markdown_table(again) and "repeats" not in markdown_table(again[:1])
 
 
@@ -111,6 +111,37 @@ def test_rows_of_two_devices_or_checkpoints_are_no_repeats_of_one_another():
     for change in ({"device": "other"}, {"checkpoint_hash": "other"}, {"revision": "fedcba9876543210"}):
         lines = table_lines([fake_row(cell()), fake_row(cell(repeat=2), **change)], show_mixed_revisions=True)
         assert len(lines) == 3 and "repeats" not in lines[0]
+
+
+def speed_ups(rows, **options):
+    header, *lines = table_lines(rows, **options)
+    return [line[header.index("of our AR") : header.index("of transformers' AR") + 1] for line in lines]
+
+
+def test_a_speed_up_is_over_the_baseline_of_either_engine_under_the_same_conditions():
+    ours = [fake_row(cell(mode="ar", repeat=n), tokens_per_second=speed) for n, speed in ((1, 20.0), (2, 30.0))]
+    theirs = fake_row(cell(mode="ar", engine="transformers"), tokens_per_second=5.0)
+    diffusion = fake_row(cell(), tokens_per_second=50.0)
+    assert speed_ups([*ours, theirs, diffusion]) == [["1.00", "5.00"], ["0.20", "1.00"], ["2.00", "10.00"]]
+    assert speed_ups([diffusion]) == [["-", "-"]]
+    for change in ({"device": "other"}, {"batch_size": 1}, {"num_samples": 5}, {"revision": "fedcba9876543210"}):
+        assert speed_ups([fake_row(cell(), **change), *ours], show_mixed_revisions=True)[0] == ["-", "-"]
+    assert speed_ups([fake_row(cell(max_new_tokens=9)), *ours])[0] == ["-", "-"]
+
+
+def test_of_two_baselines_the_one_with_the_rows_weights_counts_else_none():
+    small = fake_row(cell(mode="ar", label="small"), checkpoint_hash="1", tokens_per_second=20.0)
+    large = fake_row(cell(mode="ar", label="large"), checkpoint_hash="2", tokens_per_second=10.0)
+    own, other = (fake_row(cell(), checkpoint_hash=digest, tokens_per_second=40.0) for digest in "23")
+    assert [line[0] for line in speed_ups([small, large, own, other])] == ["1.00", "1.00", "4.00", "-"]
+
+
+def test_tokens_counted_and_computed_stand_beside_each_other_and_the_terminal_leaves_dashes_out(capsys):
+    header, line = table_lines([fake_row(cell())])
+    assert (line[header.index("tokens counted")], line[header.index("computed")]) == ("60", "64")
+    print_table([fake_row(cell())])
+    printed = capsys.readouterr().out
+    assert "computed" in printed and "AR" not in printed
 
 
 def test_rows_of_two_tasks_say_which():

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from fastdllm.checkpoint import open_checkpoint
 from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.evaluation import run
 from fastdllm.evaluation.config import AxesConfig, EvaluateConfig
+from fastdllm.evaluation.outcomes import read_outcomes
 from fastdllm.evaluation.results import ROW_FIELDS, read_rows
 from fastdllm.evaluation.run import evaluate
 
@@ -31,6 +33,26 @@ def test_newest_export_is_taken_and_evaluated_on_its_task(adapted, project, caps
     assert set(rows[0]["accuracy_by_split"]) == {"a", "b"}
     samples = (project / "runs" / "tried" / "samples" / f"{rows[0]['cell']}.samples.jsonl").read_text().splitlines()
     assert len(samples) == 2 and "response" in json.loads(samples[0])
+
+
+def test_a_row_says_what_each_problem_got_and_how_busy_the_machine_was_and_tensorboard_has_it(adapted, project):
+    row = evaluate(EvaluateConfig(max_new_tokens=33))[0]
+    outcomes = read_outcomes(row)
+    assert sum(outcomes.correct) / len(outcomes.correct) == row["accuracy"] and len(outcomes.correct) == 4
+    assert sum(outcomes.tokens) == row["counted_tokens"]
+    assert sum(outcomes.passes) == row["denoise_passes"] + row["append_passes"]
+    assert row["load_average"] >= 0 and row["clock_mhz"] is None
+    assert list((project / "runs" / "tried" / "cells" / row["cell"]).glob("events.out.tfevents*"))
+
+
+def test_weights_that_were_let_go_of_are_read_again(adapted):
+    checkpoint = open_checkpoint(adapted)
+    first = checkpoint.qwen
+    assert checkpoint.qwen is first
+    checkpoint.release()
+    assert checkpoint.qwen is not first
+    checkpoint.release()
+    checkpoint.release()  # nothing left
 
 
 def test_plain_checkpoint_is_decoded_autoregressively_and_never_by_diffusion(plain):
@@ -113,13 +135,14 @@ def test_axes_and_repeats_run_in_order_are_shown_by_status_and_resumed(adapted, 
     assert [cell.name for cell in measured[12:]] == [planned[2]]
 
 
-def test_several_checkpoints_are_measured_one_after_the_other(adapted, plain, project, measured):
+def test_each_repeat_goes_once_through_all_checkpoints(adapted, plain, project, measured):
     axes = AxesConfig(checkpoint=[adapted, plain], task=["toy_problems"], threshold=[0.7, 0.8])
     rows = evaluate(EvaluateConfig(axes=axes, repeat=2, force="ar"))
     assert [(row["label"], row["threshold"]) for row in rows] == [
-        ("tried", 0.7), ("tried", 0.8), ("tried", 0.7), ("tried", 0.8), ("plain", None), ("plain", None),
+        ("tried", 0.7), ("tried", 0.8), ("plain", None), ("tried", 0.7), ("tried", 0.8), ("plain", None),
     ]  # fmt: skip
-    assert [cell.settings["label"] for cell in measured] == ["tried"] * 4 + ["plain"] * 2
+    assert [cell.settings["repeat"] for cell in measured] == [1] * 3 + [2] * 3
+    assert [cell.settings["label"] for cell in measured] == ["tried", "tried", "plain"] * 2
     assert [len(read_rows(project / "runs" / name / "rows")) for name in ("tried", "plain")] == [4, 2]
 
 
