@@ -12,7 +12,8 @@ PAGES = [
     *(path for folder in ("docs", "experiments", "data") for path in (ROOT / folder).rglob("*.md")),
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-SPAN_COMMAND = re.compile(r"(python|make|bash|sbatch|pytest) ")  # a code span that begins so is a command
+PROGRAMS = r"python|make|bash|sbatch|pytest|tensorboard|benchmarks/\w+\.py|[\w./]+\.sh"
+SPAN_COMMAND = re.compile(rf"(\w+=\S+ )*({PROGRAMS}) ")  # a code span that begins so is a command
 TOP_FOLDERS = ("fastdllm", "docs", "tests", "benchmarks", "sbatch", "configs", "experiments", "data", ".ci")
 ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
 

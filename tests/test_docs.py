@@ -126,9 +126,22 @@ def check_sbatch(words):
     if not scripts:  # options alone, to be added to a command shown elsewhere
         return
     script, *arguments = words[scripts[0] :]
-    subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
-    assert script == "sbatch/train.sbatch", f"say here what {script} does with its options"
-    check_python(["train.py", *arguments])
+    if script != "sbatch/train.sbatch":
+        check_script(script, arguments)
+    elif arguments:  # without any the text says that they are to be added
+        check_python(["train.py", *arguments])
+
+
+def check_script(script, arguments):
+    """Check options against what the script's --help shows, and those behind -- by evaluate.py, which gets them."""
+    usage = subprocess.run(["bash", script, "--help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    own, passed = arguments, []
+    if "--" in arguments:
+        own, passed = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    unknown = {word for word in own if word.startswith("--")} - set(re.findall(r"--[\w-]+", usage))
+    assert not unknown, f"{script} --help shows no {', '.join(sorted(unknown))}"
+    if passed:
+        check_python(["evaluate.py", *passed])
 
 
 CHECKS = {
@@ -149,12 +162,16 @@ def test_a_command_is_valid(command, parsing, monkeypatch):
     program, *words = command.words
     if program in NOT_RUN:
         return
-    assert program in CHECKS, f"{command.page} shows {command.text!r}: run it, check it, or say why not"
+    assert program in CHECKS or program.endswith((".sh", ".py")), (
+        f"{command.page} shows {command.text!r}: run it, check it, or say why not"
+    )
     monkeypatch.setattr(sys, "argv", sys.argv)
     for written, meant in STAND_INS.items():
         if written in command.text:
             words[words.index(written.split()[1])] = meant.split()[1]
-    CHECKS[program](words)
+    if program.endswith(".py"):
+        program, words = "python", [program, *words]
+    CHECKS[program](words) if program in CHECKS else check_script(program, words)
 
 
 @pytest.fixture(scope="module")

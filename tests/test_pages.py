@@ -98,6 +98,32 @@ def test_every_page_is_linked_from_the_index():
     assert {path for path in DOCS if "_templates" not in path.parts} - {index} <= linked
 
 
+def unfounded(text: str, folder: Path) -> list[str]:
+    """Return the decimal and the large numbers in `text` that stand in none of the pages and rows it links to."""
+    sources = "".join((folder / target).read_text() for target in links(text))
+    numbers = re.findall(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d+\.\d+)(?![\w,]*\d)", re.sub(r"\]\([^)]*\)", "]", text))
+    return [number for number in numbers if not re.search(rf"(?<![\d.,]){re.escape(number)}(?!\d)", sources)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "concepts").glob("*.md")), ids=page_name)
+def test_what_a_page_says_was_measured_stands_where_it_links_to(path):
+    for section in re.findall(r"^## Measured\n(.*?)(?=^## |\Z)", path.read_text(), re.DOTALL | re.MULTILINE):
+        assert unfounded(section, path.parent) == []
+
+
+def test_a_verdict_s_numbers_stand_on_its_page():
+    path = ROOT / "docs" / "experiments" / "README.md"
+    verdicts = table("docs/experiments/README.md", "experiment")
+    assert {row[0] for row in verdicts} and all(unfounded(" ".join(row), path.parent) == [] for row in verdicts)
+    assert unfounded("[a](../README.md) 1.234567 and 98,765", ROOT / "docs" / "concepts") == ["1.234567", "98,765"]
+
+
+def test_every_experiment_has_a_verdict():
+    path = ROOT / "docs" / "experiments" / "README.md"
+    linked = {(path.parent / target).resolve() for target in links(path.read_text())}
+    assert set((ROOT / "experiments").rglob("*.md")) <= linked
+
+
 def table(page: str, heading: str) -> list[list[str]]:
     """Return the cells of the first table whose header begins with `heading`, without header and rule."""
     text = (ROOT / page).read_text()
