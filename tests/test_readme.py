@@ -1,39 +1,15 @@
-"""What the README shows works: its commands parse, its Python runs, its tree names what is there."""
+"""What the README shows in Python answers, and its tree names what is there; its commands are in test_docs."""
 
 import re
-import shlex
-from pathlib import Path
 
-import pytest
+from pages import ROOT, blocks
 
-from fastdllm.cli import parse
-from fastdllm.evaluation.config import EvaluateConfig
-from fastdllm.training.config import TrainConfig
-
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line.split(" #")[0].strip()
-    for language, block in BLOCKS
-    if not language
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith("python ")
-]
-
-
-@pytest.mark.parametrize(
-    "command", [command for command in COMMANDS if re.match(r"python (train|evaluate)\.py", command)]
-)
-def test_a_command_parses(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    _, program, *arguments = shlex.split(command)
-    parse(TrainConfig if program == "train.py" else EvaluateConfig, arguments)
 
 
 def test_the_python_example_answers_its_problem(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    (example,) = [block for language, block in BLOCKS if language == "python"]
+    (example,) = [block for language, block in blocks(README) if language == "python"]
     exec(compile(example, "README.md", "exec"), {})
     whole, streamed = capsys.readouterr().out.split("\n#### ")[0], capsys.readouterr()
     assert "12 pens" in whole and not streamed.err
