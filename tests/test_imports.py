@@ -21,7 +21,7 @@ DOORS = {
     "lightning": ("training/", "data/datamodule.py"),
     "deepspeed": ("training/strategies.py",),
     "peft": ("training/lora.py",),
-    "lm_eval": ("evaluation/harness.py",),
+    "lm_eval": ("evaluation/harness.py", "evaluation/tasks.py"),
     "transformers": ("model.py", "checkpoint.py", "data/", "decoding/"),  # decoding: the tokenizer's type alone
     "tokenizers": ("checkpoint.py", "data/fresh.py"),
     "datasets": ("data/",),

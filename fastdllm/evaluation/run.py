@@ -30,6 +30,7 @@ from fastdllm.evaluation.settings import (
     source_of,
 )
 from fastdllm.evaluation.store import SampleStore, digest
+from fastdllm.evaluation.tasks import load_task
 from fastdllm.runtime import code_revision, device_name, library_versions, pick_device
 
 
@@ -106,7 +107,7 @@ def measure(
     missing ones.
     """
     settings = cell.settings
-    task = harness.load_task(settings["task"], config.offline)
+    task = load_task(settings["task"], config.offline)
     if task.is_likelihood:
         check_likelihood(config)
         settings = settings | dict.fromkeys(LIKELIHOOD_UNUSED)

@@ -12,10 +12,11 @@ from fastdllm.checkpoint import load_checkpoint
 from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.evaluation import harness
 from fastdllm.evaluation.config import EvaluateConfig
-from fastdllm.evaluation.harness import FastDLLMv2, find_task, load_task, published_prompt, run_task
+from fastdllm.evaluation.harness import FastDLLMv2, published_prompt, run_task
 from fastdllm.evaluation.likelihood import masked_row
 from fastdllm.evaluation.results import describe_decoding
 from fastdllm.evaluation.run import evaluate
+from fastdllm.evaluation.tasks import find_task, load_task
 
 ROOT = Path(__file__).resolve().parents[2]
 
