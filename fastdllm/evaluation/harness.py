@@ -28,7 +28,14 @@ from fastdllm.evaluation.arguments import (
     unused_by_likelihood,
 )
 from fastdllm.evaluation.baseline import TransformersEngine
-from fastdllm.evaluation.likelihood import LIKELIHOODS, Pair, Score, autoregressive_scores, masked_scores
+from fastdllm.evaluation.likelihood import (
+    LIKELIHOODS,
+    Pair,
+    Score,
+    autoregressive_scores,
+    check_first_tokens,
+    masked_scores,
+)
 from fastdllm.evaluation.progress import Progress
 from fastdllm.evaluation.scoring import TaskRun, collect
 from fastdllm.evaluation.store import Key, SampleStore, digest
@@ -236,11 +243,24 @@ class FastDLLMv2(TemplateLM):
         self._scored = requests  # what follows gets their tokens alone
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of context and continuation.
+
+        In mode diffusion as published: lm-eval's own way hands white space at the context's end to the continuation, so
+        that behind a chat template the one token that is scored would be the line break, whatever the answer.
+        """
+        if self.mode == "ar":
+            return super()._encode_pair(context, continuation)
+        before = self.tok_encode(context)
+        return before, self.tok_encode(context + continuation)[len(before) :]
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[Score]:
         """Score batch by batch; a batch of which a score is missing is run whole, so that no score depends on it."""
         pairs = [(context, target) for _, context, target in requests]
+        if self.mode == "diffusion":
+            check_first_tokens([texts for texts, _, _ in requests], pairs)
         keys = [sample_key(instance, *pair) for instance, pair in zip(self._scored, pairs, strict=True)]
         scores = {number: (score, is_greedy) for number, (score, is_greedy) in self._kept(keys).items()}
         size = self.arguments.batch_size

@@ -140,12 +140,12 @@ def test_masked_row_ends_at_a_block_with_one_end_token_in_it():
     assert masked_row([1], [4, 5], 8, 9, 7) == [1, 9, 5, 7, 9, 9, 9, 9]
 
 
-def test_masked_likelihood_is_that_of_one_plain_block_causal_pass(adapted):
+@pytest.mark.parametrize("end", ["", " \n"], ids=["bare", "behind white space"])
+def test_masked_likelihood_is_that_of_one_plain_block_causal_pass(adapted, end):
     lm = model(adapted)
-    score, is_greedy = lm.loglikelihood([instance("loglikelihood", "a question of forty letters, more or less:", "B")])[
-        0
-    ]
-    context = lm.tok_encode("a question of forty letters, more or less:")
+    text = f"a question of forty letters, more or less:{end}"
+    ((score, is_greedy),) = lm.loglikelihood([instance("loglikelihood", text, "B")])
+    context = lm.tok_encode(text)
     target = lm.tok_encode("B")
     row = masked_row(context, target, 32, lm.model.mask_token_id, lm.eot_token_id)
     block = torch.arange(len(row)) // 32
@@ -153,6 +153,13 @@ def test_masked_likelihood_is_that_of_one_plain_block_causal_pass(adapted):
     hidden = lm.model.hidden_states(torch.tensor([row]), torch.arange(len(row))[None], attention_mask)
     expected = lm.model.qwen.lm_head(hidden)[0, len(context) - 1].log_softmax(-1)[target[0]]
     assert score == pytest.approx(expected.item(), abs=1e-5) and not is_greedy
+
+
+def test_answers_that_the_published_likelihood_cannot_tell_apart_are_refused(adapted, plain):
+    requests = [instance("loglikelihood", "context\n", answer) for answer in ("(A)", "(B)")]
+    with pytest.raises(ValueError, match=r"first token.*'\(A\)' and '\(B\)' begin with the same one; use mode ar"):
+        model(adapted).loglikelihood(requests)
+    assert len(model(plain).loglikelihood(requests)) == 2
 
 
 def test_autoregressive_likelihood_is_exact(plain):
