@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 from lm_eval import simple_evaluate
-from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -28,6 +27,8 @@ from fastdllm.evaluation.arguments import (
     unused_by_likelihood,
 )
 from fastdllm.evaluation.baseline import TransformersEngine
+from fastdllm.evaluation.command import main
+from fastdllm.evaluation.families import CODE_TASKS
 from fastdllm.evaluation.likelihood import (
     LIKELIHOODS,
     Pair,
@@ -308,7 +309,7 @@ def published_prompt(task: str, prompt: str) -> str:
 
 
 def run_task(lm: FastDLLMv2, task: LoadedTask, *, limit: int = 0) -> TaskRun:
-    """Run a task on `lm` with its chat template and return the problems, scored by lm-eval.
+    """Run a task on `lm`, with its chat template unless it asks for completions; return problems scored by lm-eval.
 
     Args:
         lm: its `prompt` decides the examples: published is 0-shot for gsm8k and minerva_math; lm_eval, and other tasks,
@@ -324,12 +325,13 @@ def run_task(lm: FastDLLMv2, task: LoadedTask, *, limit: int = 0) -> TaskRun:
         limit=limit or None,
         bootstrap_iters=0,
         log_samples=True,
-        apply_chat_template=True,
-        fewshot_as_multiturn=True,
+        apply_chat_template=task.uses_chat,
+        fewshot_as_multiturn=task.uses_chat,
         task_manager=task.manager,
+        confirm_run_unsafe_code=task.name in CODE_TASKS,  # whose programs the metric runs only where that is permitted
     )
     return collect(task.name, results["samples"], lm.final_prompt)
 
 
 if __name__ == "__main__":
-    cli_evaluate()
+    main()

@@ -78,10 +78,10 @@ def permit_programs(*, allow_network: bool = False) -> Iterator[Permission]:
     Raises:
         SandboxError: the system has none and that is not allowed, or it cannot even limit a program.
     """
-    permission = Permission(is_isolated=_check_system(allow_network))
-    token = _permission.set(permission)
+    given = Permission(is_isolated=_check_system(allow_network))
+    token = _permission.set(given)
     try:
-        yield permission
+        yield given
     finally:
         _permission.reset(token)
 
@@ -100,12 +100,17 @@ def _check_system(allow_network: bool) -> bool:
     return False
 
 
+def permission() -> Permission:
+    """Return what `permit_programs` allows here. Raises PermissionError outside of it."""
+    given = _permission.get()
+    if given is None:
+        raise PermissionError("programs of a model are run only where that was allowed, with --allow_code_execution.")
+    return given
+
+
 def run_permitted(program: str) -> Outcome:
     """Run a program as far as `permit_programs` allows. Raises PermissionError outside of it."""
-    permission = _permission.get()
-    if permission is None:
-        raise PermissionError("programs of a model are run only where that was allowed, with --allow_code_execution.")
-    return run_program(program, is_isolated=permission.is_isolated)
+    return run_program(program, is_isolated=permission().is_isolated)
 
 
 def run_program(program: str, *, is_isolated: bool, limits: Limits | None = None) -> Outcome:

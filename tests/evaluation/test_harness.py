@@ -16,7 +16,7 @@ from fastdllm.evaluation.harness import FastDLLMv2, published_prompt, run_task
 from fastdllm.evaluation.likelihood import masked_row
 from fastdllm.evaluation.results import describe_decoding
 from fastdllm.evaluation.run import evaluate
-from fastdllm.evaluation.tasks import find_task, load_task
+from fastdllm.evaluation.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -205,13 +205,6 @@ def test_evaluate_refuses_them_before_the_model_is_there(adapted, plain, option,
     monkeypatch.setattr(harness, "FastDLLMv2", None)
     with pytest.raises(ValueError, match=f"log-likelihood task.*cannot exercise {message}"):
         evaluate(EvaluateConfig(**{"task": "toy_letters", "checkpoint": adapted, **option}))
-
-
-def test_an_unknown_offline_task_names_the_known_ones(adapted, project):
-    with pytest.raises(ValueError, match="offline knows.*gsm8k"):
-        find_task("humaneval", offline=str(project))
-    with pytest.raises(FileNotFoundError, match="openai/gsm8k"):
-        find_task("gsm8k", offline=str(project))
 
 
 @pytest.mark.slow  # lm-eval indexes its own 14,000 tasks first
