@@ -1,7 +1,3 @@
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -205,21 +201,6 @@ def test_evaluate_refuses_them_before_the_model_is_there(adapted, plain, option,
     monkeypatch.setattr(harness, "FastDLLMv2", None)
     with pytest.raises(ValueError, match=f"log-likelihood task.*cannot exercise {message}"):
         evaluate(EvaluateConfig(**{"task": "toy_letters", "checkpoint": adapted, **option}))
-
-
-@pytest.mark.slow  # lm-eval indexes its own 14,000 tasks first
-def test_lm_evals_command_line_gives_the_responses_of_evaluate(adapted, project):
-    row = evaluate(EvaluateConfig(limit=2, max_new_tokens=20, threshold=0.7))[0]
-    ours = (project / "runs" / "tried" / "samples" / f"{row['cell']}.samples.jsonl").read_text().splitlines()
-    command = [sys.executable, "-m", "fastdllm.evaluation.harness", "run", "--model", "fast_dllm_v2"]
-    command += ["--tasks", "toy_problems", "--include_path", "data/tiny/tasks", "--limit", "2", "--batch_size", "4"]
-    command += ["--model_args", f"model_path={adapted},device=cpu,threshold=0.7,max_new_tokens=20,use_block_cache=True"]
-    command += ["--apply_chat_template", "--fewshot_as_multiturn", "true", "--log_samples", "--output_path", "theirs"]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert result.returncode == 0, result.stderr
-    theirs = next((project / "theirs").rglob("samples_*.jsonl")).read_text().splitlines()
-    assert [json.loads(line)["resps"][0][0] for line in theirs] == [json.loads(line)["response"] for line in ours]
-    assert "fast_dllm_v2" in result.stdout
 
 
 def test_gsm8k_runs_from_local_files_without_a_network(adapted, offline, monkeypatch):
