@@ -146,22 +146,18 @@ def _changes(task: str, family: Family | None) -> dict[str, Any]:
 def _changed(
     manager: TaskManager, task: str, stock: str, leaves: list[str], changes: dict[str, Any], offline: str
 ) -> Spec:
-    """Return what to ask lm-eval for: the stock task with some keys replaced, in a group around it.
+    """Return what to ask lm-eval for: the stock task, or a group of its single tasks with some keys replaced.
 
-    A group of its own stays whole where all its data is in one folder, so that lm-eval weighs its members as usual.
+    A group within that group would hand the outer one's list of tasks down to its members as their name.
     """
+    folders: dict[str, Path] = {}
     if offline:
         folders = {leaf: _offline_folder(manager, leaf, changes, offline) for leaf in leaves}
         _check_configurations(manager, task, folders)
-    elif changes:
-        folders = dict.fromkeys(leaves)
-    else:
+    elif not changes:
         return stock
-    paths = {leaf: {"dataset_path": str(folder)} if folder else {} for leaf, folder in folders.items()}
-    if stock in manager.all_groups and len(set(folders.values())) == 1:
-        parts = [{"group": stock, **changes, **paths[leaves[0]]}]
-    else:
-        parts = [{"task": leaf, **changes, **paths[leaf]} for leaf in leaves]
+    paths = {leaf: {"dataset_path": str(folder)} for leaf, folder in folders.items()}
+    parts = [{"task": leaf, **changes, **paths.get(leaf, {})} for leaf in leaves]
     return {"group": f"{task}_offline" if offline else f"{task}_here", "task": parts}
 
 

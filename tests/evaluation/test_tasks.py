@@ -14,7 +14,7 @@ from fastdllm.evaluation.run import evaluate
 from fastdllm.evaluation.tasks import _stock_tasks, find_task, leaf_tasks, load_task
 
 from .conftest import TASK
-from .hub_data import write_gpqa, write_subjects
+from .hub_data import write, write_gpqa, write_subjects
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "tasks.md"
 
@@ -77,13 +77,26 @@ def test_mmlu_names_the_subjects_that_local_files_lack(tmp_path):
         assert "abstract_algebra" in str(error.value) and "virology" not in str(error.value)
 
 
-def test_mmlu_with_all_subjects_stays_lm_evals_group(tmp_path):
+def test_mmlu_with_all_subjects_reads_each_from_local_files(tmp_path):
     manager = _stock_tasks(("mmlu",))
     subjects = {manager.task_index[leaf].cfg["dataset_name"] for leaf in leaf_tasks(manager, "mmlu")}
     data = write_subjects(tmp_path, *subjects)
     assert len(subjects) == 57
     _, spec = find_task("mmlu", offline=data)
-    assert spec["task"] == [{"group": "mmlu", "dataset_path": f"{data}/cais/mmlu"}]
+    assert {part["dataset_path"] for part in spec["task"]} == {f"{data}/cais/mmlu"}
+    assert {part["task"].removeprefix("mmlu_") for part in spec["task"]} == subjects
+
+
+def test_a_group_is_loaded_from_local_files_with_every_member(tmp_path):
+    splits = ("train", "test")
+    problem = {"problem": "1 + 1?", "solution": "It is $\\boxed{2}$.", "type": "Algebra", "level": "Level 1"}
+    manager = _stock_tasks(FAMILIES["minerva_math"].folders)
+    names = {leaf: manager.task_index[leaf].cfg["dataset_name"] for leaf in leaf_tasks(manager, "minerva_math")}
+    files = {f"{name}/{split}.jsonl": [problem] for name in names.values() for split in splits}
+    configurations = {name: {split: f"{name}/{split}.jsonl" for split in splits} for name in names.values()}
+    loaded = load_task("minerva_math", write(tmp_path, "EleutherAI/hendrycks_math", files, configurations))
+    assert loaded.members.keys() == names.keys() and len(names) == 7
+    assert all(len(member.test_docs()) == 1 for member in loaded.members.values())
 
 
 def test_a_subject_of_mmlu_runs_from_local_files_by_likelihood_and_by_generation(adapted, plain, tmp_path):
