@@ -24,7 +24,7 @@ from typing import Any
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-GRACE_SECONDS = 10.0  # beyond the wall time until the process that keeps it is given up
+GRACE_SECONDS = 60.0  # beyond the wall time until the process that keeps it is given up
 FALLBACK = "--allow_network runs them all the same: they then reach the network, your files and your processes"
 
 
@@ -96,6 +96,7 @@ def _check_system(allow_network: bool) -> bool:
     except SandboxError as error:
         if not allow_network:
             raise SandboxError(f"this system does not let us isolate programs ({error}); {FALLBACK}.") from None
+        print(f"programs of the model run without isolation: {error}", flush=True)
     run_program("pass", is_isolated=False)
     return False
 

@@ -147,7 +147,7 @@ def test_without_permission_nothing_runs(namespaces):
         run_permitted("pass")
 
 
-def test_without_namespaces_it_is_refused_unless_the_network_is_allowed(monkeypatch):
+def test_without_namespaces_it_is_refused_unless_the_network_is_allowed(monkeypatch, capsys):
     def run(program, *, is_isolated, **limits):
         if is_isolated:
             raise SandboxError("unshare: Operation not permitted")
@@ -158,6 +158,7 @@ def test_without_namespaces_it_is_refused_unless_the_network_is_allowed(monkeypa
         pass
     with permit_programs(allow_network=True) as permission:
         assert not permission.is_isolated
+        assert "without isolation: unshare: Operation not permitted" in capsys.readouterr().out
         assert run_permitted("x = 1") == PASSED
 
 
