@@ -30,6 +30,7 @@ from fastdllm.evaluation.calibration import (
 )
 from fastdllm.evaluation.results import Row
 from fastdllm.evaluation.settings import default_label
+from fastdllm.evaluation.tasks import load_task
 from fastdllm.runtime import code_revision, device_name, library_versions, pick_device, write_text
 
 
@@ -153,7 +154,7 @@ def measure(config: CalibrationConfig) -> Row:
         check_decoding(
             "diffusion", lm.decoding, lm.reuse, block_size=lm.model.block_size, num_layers=lm.model.num_layers
         )
-        task = harness.load_task(config.task or adaptation.task, config.offline)
+        task = load_task(config.task or adaptation.task, config.offline)
         if task.is_likelihood:
             raise ValueError(f"task {task.name} generates nothing, so nothing is unmasked; choose one that generates.")
         result = harness.run_task(lm, task, limit=config.limit)

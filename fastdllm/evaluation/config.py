@@ -100,9 +100,14 @@ class EvaluateConfig:
     """First problems of each task that are evaluated; 0: all."""
     prompt: Literal["published", "lm_eval"] = "published"
     """published: 0-shot with "reason step by step" for gsm8k and minerva_math; lm_eval: the task as lm-eval ships it,
-    with its own examples. Both use the chat template."""
+    with its own examples. Both use the chat template, but for tasks that ask for completions (docs/tasks.md)."""
     offline: str = ""
     """Folder with evaluation data laid out by hub id (DIR/openai/gsm8k); empty: the hub. data/tiny is always local."""
+    allow_code_execution: bool = False
+    """Run programs that the model wrote, for tasks such as humaneval_instruct that are refused otherwise; each runs
+    with limits, in an empty folder, without a network."""
+    allow_network: bool = False
+    """Run them also where the system cannot take the network, files and processes out of their reach."""
     run: str = ""
     """Run folder for rows/ and samples/: a name below runs/, or a path with a slash; empty: the export's own run
     folder, else runs/<name of the checkpoint folder>."""

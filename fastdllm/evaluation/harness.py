@@ -1,26 +1,19 @@
-"""The lm-eval adapter: our engine under the published model name and arguments, and lm-eval's tasks for `evaluate.py`.
+"""The lm-eval adapter: our engine under the published model name and arguments.
 
 Shell: `python -m fastdllm.evaluation.harness run --model fast_dllm_v2 --model_args model_path=... --tasks gsm8k
 --num_fewshot 0 --apply_chat_template --fewshot_as_multiturn` is lm-eval's own command line with our model registered.
 """
 
-import difflib
-import functools
-import random
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 from lm_eval import simple_evaluate
-from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.api.task import Task
-from lm_eval.tasks import TaskManager
 
 from fastdllm.checkpoint import Checkpoint, load_checkpoint
 from fastdllm.decoding.engine import Engine
@@ -34,19 +27,25 @@ from fastdllm.evaluation.arguments import (
     unused_by_likelihood,
 )
 from fastdllm.evaluation.baseline import TransformersEngine
-from fastdllm.evaluation.likelihood import LIKELIHOODS, Pair, Score, autoregressive_scores, masked_scores
+from fastdllm.evaluation.command import main
+from fastdllm.evaluation.families import CODE_TASKS
+from fastdllm.evaluation.likelihood import (
+    LIKELIHOODS,
+    Pair,
+    Score,
+    autoregressive_scores,
+    check_first_tokens,
+    masked_scores,
+)
 from fastdllm.evaluation.progress import Progress
 from fastdllm.evaluation.scoring import TaskRun, collect
 from fastdllm.evaluation.store import Key, SampleStore, digest
+from fastdllm.evaluation.tasks import LoadedTask
 from fastdllm.runtime import clock_mhz, pick_device
 
 PUBLISHED_INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{{}}."
 PUBLISHED_EDITS = {"gsm8k": "Answer:", "minerva_math": "Solution:"}  # task name prefix -> text that is replaced
 GENERATION_KEYS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
-LOCAL_TASKS = Path("data/tiny/tasks")
-OFFLINE_DATA = {"gsm8k": "openai/gsm8k", "minerva_math": "EleutherAI/hendrycks_math"}
-OFFLINE_DATA |= {"minerva_math500": "HuggingFaceH4/MATH-500", "ifeval": "google/IFEval"}
-LIKELIHOOD_TYPES = ("loglikelihood", "multiple_choice")
 WARM_UP_REQUESTS = 4  # answered for one block at most
 LM_EVAL_DEFAULTS = {"batch_size": 1, "device": "cuda:0"}  # what its command line passes when nothing is given
 
@@ -253,11 +252,24 @@ class FastDLLMv2(TemplateLM):
         self._scored = requests  # what follows gets their tokens alone
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of context and continuation.
+
+        In mode diffusion as published: lm-eval's own way hands white space at the context's end to the continuation, so
+        that behind a chat template the one token that is scored would be the line break, whatever the answer.
+        """
+        if self.mode == "ar":
+            return super()._encode_pair(context, continuation)
+        before = self.tok_encode(context)
+        return before, self.tok_encode(context + continuation)[len(before) :]
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[Score]:
         """Score batch by batch; a batch of which a score is missing is run whole, so that no score depends on it."""
         pairs = [(context, target) for _, context, target in requests]
+        if self.mode == "diffusion":
+            check_first_tokens([texts for texts, _, _ in requests], pairs)
         keys = [sample_key(instance, *pair) for instance, pair in zip(self._scored, pairs, strict=True)]
         scores = {number: (score, is_greedy) for number, (score, is_greedy) in self._kept(keys).items()}
         size = self.arguments.batch_size
@@ -307,41 +319,8 @@ def published_prompt(task: str, prompt: str) -> str:
     return prompt
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedTask:
-    """A task or group, with its data."""
-
-    name: str
-    manager: TaskManager
-    members: dict[str, Task]
-    """lm-eval's tasks by name: one, or those of the group."""
-    wanted: list[Any]
-    """What lm-eval is asked to evaluate."""
-
-    @property
-    def is_likelihood(self) -> bool:
-        """Whether any member compares log-likelihoods."""
-        return any(member.OUTPUT_TYPE in LIKELIHOOD_TYPES for member in self.members.values())
-
-
-def load_task(task: str, offline: str = "") -> LoadedTask:
-    """Return an lm-eval task (or group) and its data.
-
-    Args:
-        offline: folder with data laid out by hub id; "": the hub.
-    Raises:
-        ValueError, FileNotFoundError: no such task or data.
-    """
-    manager, wanted = find_task(task, offline)
-    random.seed(0)  # the seeds under which lm-eval loads tasks: some shuffle their choices then
-    np.random.seed(1234)
-    loaded = manager.load([wanted])
-    tops = list(loaded["groups"].values())[:1] or list(loaded["tasks"].values())  # the outermost group comes first
-    return LoadedTask(name=task, manager=manager, members=loaded["tasks"], wanted=tops)
-
-
 def run_task(lm: FastDLLMv2, task: LoadedTask, *, limit: int = 0) -> TaskRun:
-    """Run a task on `lm` with its chat template and return the problems, scored by lm-eval.
+    """Run a task on `lm`, with its chat template unless it asks for completions; return problems scored by lm-eval.
 
     Args:
         lm: its `prompt` decides the examples: published is 0-shot for gsm8k and minerva_math; lm_eval, and other tasks,
@@ -357,55 +336,13 @@ def run_task(lm: FastDLLMv2, task: LoadedTask, *, limit: int = 0) -> TaskRun:
         limit=limit or None,
         bootstrap_iters=0,
         log_samples=True,
-        apply_chat_template=True,
-        fewshot_as_multiturn=True,
+        apply_chat_template=task.uses_chat,
+        fewshot_as_multiturn=task.uses_chat,
         task_manager=task.manager,
+        confirm_run_unsafe_code=task.name in CODE_TASKS,  # whose programs the metric runs only where that is permitted
     )
     return collect(task.name, results["samples"], lm.final_prompt)
 
 
-def find_task(task: str, offline: str = "") -> tuple[TaskManager, str | dict[str, Any]]:
-    """Return a manager and what to ask it for: the project's own task, lm-eval's, or lm-eval's with local data.
-
-    Raises:
-        ValueError: no such task, or `offline` knows no folder for its data. FileNotFoundError: the folder is not there.
-    """
-    local = TaskManager(include_path=str(LOCAL_TASKS), include_defaults=False) if LOCAL_TASKS.is_dir() else None
-    own = local.all_tasks if local is not None else []
-    if local is not None and task in own:
-        return local, task
-    data = offline_folder(task, offline) if offline else None
-    manager = _stock_tasks()
-    if task not in manager.all_tasks:
-        nearest = difflib.get_close_matches(task, [*own, *manager.all_tasks], n=1)
-        listing = "`python -m fastdllm.evaluation.harness ls tasks` lists them."
-        raise ValueError(f"unknown task {task!r}; {f'did you mean {nearest[0]}?' if nearest else listing}")
-    if data is None:
-        return manager, task
-    known = manager.all_subtasks
-    members = [task] if task in known else [name for name in known if name.startswith(f"{task}_")]
-    return manager, {"group": f"{task}_offline", "task": [{"task": name, "dataset_path": data} for name in members]}
-
-
-@functools.cache
-def _stock_tasks() -> TaskManager:
-    return TaskManager()  # indexes 14,000 files: many seconds, so once per process
-
-
-def offline_folder(task: str, offline: str) -> str:
-    """Return the folder below `offline` with the data of a stock task.
-
-    Raises:
-        ValueError: the task's data has no known folder. FileNotFoundError: it is not there.
-    """
-    family = max((name for name in OFFLINE_DATA if task.startswith(name)), key=len, default=None)
-    if family is None:
-        raise ValueError(f"offline knows the data folders of {', '.join(OFFLINE_DATA)}, got task {task!r}.")
-    data = Path(offline, OFFLINE_DATA[family]).resolve()
-    if not data.is_dir():
-        raise FileNotFoundError(f"offline: task {task} needs the folder {data}, which is not there; see --help.")
-    return str(data)
-
-
 if __name__ == "__main__":
-    cli_evaluate()
+    main()

@@ -1,5 +1,7 @@
 """Log-likelihood of a continuation: the published single-token form for diffusion, the exact one for AR."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,6 +50,23 @@ def masked_scores(model: BlockDiffusionLM, pairs: list[Pair], end_token_id: int)
     wanted = torch.tensor([target[0] for _, target in pairs], device=tokens.device)
     scores = F.log_softmax(logits, dim=-1).gather(-1, wanted[:, None]).squeeze(-1)  # float32
     return [(score, False) for score in scores.tolist()]
+
+
+def check_first_tokens(texts: Sequence[tuple[str, str]], pairs: Sequence[Pair]) -> None:
+    """Raise ValueError if the published likelihood cannot tell two continuations of one context apart.
+
+    Args:
+        texts: context and continuation as text; pairs: the same as tokens.
+    """
+    seen: dict[tuple[tuple[int, ...], int], int] = {}
+    for number, (context, target) in enumerate(pairs):
+        other = seen.setdefault((tuple(context), target[0]), number)
+        if pairs[other][1] != target:
+            raise ValueError(
+                f"mode diffusion scores the first token of an answer alone ({LIKELIHOODS['diffusion']}), and "
+                f"{texts[other][1]!r} and {texts[number][1]!r} begin with the same one; use mode ar, or a task that "
+                "generates its answers."
+            )
 
 
 def masked_row(context: list[int], target: list[int], block_size: int, mask_token_id: int, end: int) -> list[int]:

@@ -1,11 +1,13 @@
 """`evaluate(config)`: one measurement or a grid of them, one row for each."""
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from fastdllm.checkpoint import Checkpoint
 from fastdllm.evaluation import harness, sweep
+from fastdllm.evaluation.code_tasks import permit_code
 from fastdllm.evaluation.config import EvaluateConfig
 from fastdllm.evaluation.events import CELLS, write_events
 from fastdllm.evaluation.outcomes import pack_outcomes
@@ -32,6 +34,7 @@ from fastdllm.evaluation.settings import (
     source_of,
 )
 from fastdllm.evaluation.store import SampleStore, digest
+from fastdllm.evaluation.tasks import load_task
 from fastdllm.runtime import code_revision, device_name, library_versions, load_average, pick_device
 
 
@@ -54,15 +57,16 @@ def evaluate(config: EvaluateConfig) -> list[Row]:
 def run_missing(config: EvaluateConfig) -> list[Row]:
     """Measure what has no valid row yet and return its rows, or only say what is there (status, dry_run)."""
     plans = make_plans(config)  # what cannot be is refused before anything runs
+    tasks = list(dict.fromkeys(cell.settings["task"] for plan in plans for cell in plan.cells))
     if not (config.checkpoint or config.axes.checkpoint):
-        tasks = dict.fromkeys(cell.settings["task"] for cell in plans[0].cells)
         print(f"checkpoint: {plans[0].checkpoint.source} (the newest export under runs/), task {', '.join(tasks)}")
     forced = sweep.forced_cells([cell for plan in plans for cell in plan.cells], config.force)
     revision = code_revision()  # what runs from here on, whatever is committed meanwhile
     rows: list[Row] = []
-    for plan in plans if config.status else in_rounds(plans):
-        rows += _run_plan(plan, config, forced, revision)
-        plan.checkpoint.release()  # the weights of one checkpoint are in memory at a time
+    with _permission(tasks, config):
+        for plan in plans if config.status else in_rounds(plans):
+            rows += _run_plan(plan, config, forced, revision)
+            plan.checkpoint.release()  # the weights of one checkpoint are in memory at a time
     return rows
 
 
@@ -76,6 +80,13 @@ def in_rounds(plans: list[Plan]) -> list[Plan]:
         for number in numbers
         for plan in plans
     ]
+
+
+def _permission(tasks: list[str], config: EvaluateConfig) -> AbstractContextManager:
+    """Return a context in which the programs of these tasks may run, if any do. Raises ValueError: not allowed."""
+    if config.status or config.dry_run:
+        return nullcontext()
+    return permit_code(tasks, allow_code_execution=config.allow_code_execution, allow_network=config.allow_network)
 
 
 def _run_plan(plan: Plan, config: EvaluateConfig, forced: set[str], revision: tuple[str, bool]) -> list[Row]:
@@ -122,7 +133,7 @@ def measure(
     missing ones.
     """
     settings, load = cell.settings, load_average()
-    task = harness.load_task(settings["task"], config.offline)
+    task = load_task(settings["task"], config.offline)
     if task.is_likelihood:
         check_likelihood(config)
         settings = settings | dict.fromkeys(LIKELIHOOD_UNUSED)

@@ -5,14 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-PRIMARY_METRICS = {
-    "gsm8k": ("exact_match", "flexible-extract"),
-    "tiny_problems": ("exact_match", "flexible-extract"),
-    "minerva_math": ("math_verify", "none"),
-    "ifeval": ("prompt_level_strict_acc", "none"),
-    "mmlu": ("acc", "none"),
-    "gpqa": ("acc", "none"),
-}
+from fastdllm.evaluation.families import family_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +65,8 @@ def _primary_metric(task: str, logged: Sequence[tuple[str, dict[str, Any]]]) -> 
 
 def preferred_metric(task: str) -> tuple[str, str] | None:
     """Return the (metric, filter) named for the task's family, None for other tasks."""
-    family = max((name for name in PRIMARY_METRICS if task.startswith(name)), key=len, default=None)
-    return PRIMARY_METRICS[family] if family is not None else None
+    family = family_of(task)
+    return (family.metric, family.filter_name) if family is not None else None
 
 
 def wilson_interval(correct: float, number: int) -> tuple[float, float]:

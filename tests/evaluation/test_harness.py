@@ -1,7 +1,3 @@
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +8,11 @@ from fastdllm.checkpoint import load_checkpoint
 from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.evaluation import harness
 from fastdllm.evaluation.config import EvaluateConfig
-from fastdllm.evaluation.harness import FastDLLMv2, find_task, load_task, published_prompt, run_task
+from fastdllm.evaluation.harness import FastDLLMv2, published_prompt, run_task
 from fastdllm.evaluation.likelihood import masked_row
 from fastdllm.evaluation.results import describe_decoding
 from fastdllm.evaluation.run import evaluate
+from fastdllm.evaluation.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -173,12 +170,12 @@ def test_masked_row_ends_at_a_block_with_one_end_token_in_it():
     assert masked_row([1], [4, 5], 8, 9, 7) == [1, 9, 5, 7, 9, 9, 9, 9]
 
 
-def test_masked_likelihood_is_that_of_one_plain_block_causal_pass(adapted):
+@pytest.mark.parametrize("end", ["", " \n"], ids=["bare", "behind white space"])
+def test_masked_likelihood_is_that_of_one_plain_block_causal_pass(adapted, end):
     lm = model(adapted)
-    score, is_greedy = lm.loglikelihood([instance("loglikelihood", "a question of forty letters, more or less:", "B")])[
-        0
-    ]
-    context = lm.tok_encode("a question of forty letters, more or less:")
+    text = f"a question of forty letters, more or less:{end}"
+    ((score, is_greedy),) = lm.loglikelihood([instance("loglikelihood", text, "B")])
+    context = lm.tok_encode(text)
     target = lm.tok_encode("B")
     row = masked_row(context, target, 32, lm.model.mask_token_id, lm.eot_token_id)
     block = torch.arange(len(row)) // 32
@@ -186,6 +183,13 @@ def test_masked_likelihood_is_that_of_one_plain_block_causal_pass(adapted):
     hidden = lm.model.hidden_states(torch.tensor([row]), torch.arange(len(row))[None], attention_mask)
     expected = lm.model.qwen.lm_head(hidden)[0, len(context) - 1].log_softmax(-1)[target[0]]
     assert score == pytest.approx(expected.item(), abs=1e-5) and not is_greedy
+
+
+def test_answers_that_the_published_likelihood_cannot_tell_apart_are_refused(adapted, plain):
+    requests = [instance("loglikelihood", "context\n", answer) for answer in ("(A)", "(B)")]
+    with pytest.raises(ValueError, match=r"first token.*'\(A\)' and '\(B\)' begin with the same one; use mode ar"):
+        model(adapted).loglikelihood(requests)
+    assert len(model(plain).loglikelihood(requests)) == 2
 
 
 def test_autoregressive_likelihood_is_exact(plain):
@@ -231,28 +235,6 @@ def test_evaluate_refuses_them_before_the_model_is_there(adapted, plain, option,
     monkeypatch.setattr(harness, "FastDLLMv2", None)
     with pytest.raises(ValueError, match=f"log-likelihood task.*cannot exercise {message}"):
         evaluate(EvaluateConfig(**{"task": "toy_letters", "checkpoint": adapted, **option}))
-
-
-def test_an_unknown_offline_task_names_the_known_ones(adapted, project):
-    with pytest.raises(ValueError, match="offline knows.*gsm8k"):
-        find_task("humaneval", offline=str(project))
-    with pytest.raises(FileNotFoundError, match="openai/gsm8k"):
-        find_task("gsm8k", offline=str(project))
-
-
-@pytest.mark.slow  # lm-eval indexes its own 14,000 tasks first
-def test_lm_evals_command_line_gives_the_responses_of_evaluate(adapted, project):
-    row = evaluate(EvaluateConfig(limit=2, max_new_tokens=20, threshold=0.7))[0]
-    ours = (project / "runs" / "tried" / "samples" / f"{row['cell']}.samples.jsonl").read_text().splitlines()
-    command = [sys.executable, "-m", "fastdllm.evaluation.harness", "run", "--model", "fast_dllm_v2"]
-    command += ["--tasks", "toy_problems", "--include_path", "data/tiny/tasks", "--limit", "2", "--batch_size", "4"]
-    command += ["--model_args", f"model_path={adapted},device=cpu,threshold=0.7,max_new_tokens=20,use_block_cache=True"]
-    command += ["--apply_chat_template", "--fewshot_as_multiturn", "true", "--log_samples", "--output_path", "theirs"]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert result.returncode == 0, result.stderr
-    theirs = next((project / "theirs").rglob("samples_*.jsonl")).read_text().splitlines()
-    assert [json.loads(line)["resps"][0][0] for line in theirs] == [json.loads(line)["response"] for line in ours]
-    assert "fast_dllm_v2" in result.stdout
 
 
 def test_gsm8k_runs_from_local_files_without_a_network(adapted, offline, monkeypatch):

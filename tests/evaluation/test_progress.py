@@ -5,9 +5,10 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from fastdllm.checkpoint import load_checkpoint
-from fastdllm.evaluation.harness import FastDLLMv2, load_task, run_task
+from fastdllm.evaluation.harness import FastDLLMv2, run_task
 from fastdllm.evaluation.progress import Progress, running_value
 from fastdllm.evaluation.scoring import wilson_interval
+from fastdllm.evaluation.tasks import load_task
 
 
 class FakeTask:
