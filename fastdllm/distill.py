@@ -7,9 +7,12 @@ engine in mode ar, so each request's draws depend on its own seed alone, whateve
 
 import gzip
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +28,7 @@ from fastdllm.evaluation.store import Key, SampleStore, digest
 from fastdllm.runtime import code_revision, get_optimal_dtype, pick_device, write_bytes
 
 Turns = list[dict[str, str]]
+JUDGED_ALONE = 2_000  # answers; above, starting processes takes less time than judging them one after the other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,13 +182,17 @@ def training_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield a training row for each answer that is kept, by prompt and sample; count the others in `tally`."""
     seen: set[tuple[int, str]] = set()
+    finished = {(key[1], text): None for key in keys for text, is_finished in [store.samples[key]] if is_finished}
+    is_right = dict.fromkeys(finished, True)
+    if config.keep == "right":
+        verdicts = judge([(prompts[number].answer, text) for number, text in finished])
+        is_right = dict(zip(finished, verdicts, strict=True))
     for key in keys:
         (_, number, sample, _), (text, is_finished) = key, store.samples[key]
         prompt = prompts[number]
-        is_right = is_finished and config.keep == "right" and is_equal(prompt.answer, text)
         if not is_finished:
             tally["cut off"] += 1
-        elif config.keep == "right" and not is_right:
+        elif not is_right[number, text]:
             tally["wrong"] += 1
         elif (number, text) in seen:
             tally["repeated"] += 1
@@ -193,6 +201,14 @@ def training_rows(
             row = {"messages": [*prompt.turns, {"role": "assistant", "content": text}], "source": prompt.source}
             row |= {} if prompt.answer is None else {"answer": prompt.answer}
             yield row | {"provenance": provenance | {"prompt": prompt.place, "sample": sample}}
+
+
+def judge(pairs: list[tuple[str | None, str]]) -> list[bool]:
+    """Return whether each (right answer, text) goes together; for many of them in several processes."""
+    if len(pairs) <= JUDGED_ALONE:
+        return [is_equal(answer, text) for answer, text in pairs]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(is_equal, *zip(*pairs, strict=True), chunksize=64))
 
 
 def is_equal(answer: str | None, text: str) -> bool:

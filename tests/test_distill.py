@@ -130,3 +130,10 @@ def test_what_cannot_be_done_is_refused(tmp_path, prompts):
 )
 def test_answers_are_equal_by_value(answer, text, is_equal):
     assert distill.is_equal(answer, text) == is_equal
+
+
+def test_many_answers_are_judged_alike_in_several_processes(monkeypatch):
+    pairs = [(str(number), f"so it is {number + number % 3}") for number in range(9)]
+    alone = distill.judge(pairs)
+    monkeypatch.setattr(distill, "JUDGED_ALONE", 0)
+    assert distill.judge(pairs) == alone == [number % 3 == 0 for number in range(9)]
