@@ -12,7 +12,7 @@ from fastdllm.decoding.cache import SlotCache
 from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.operations import HeadStatistics, PassRows
 from fastdllm.decoding.policies import Proposals
-from fastdllm.decoding.quantized import Weight, WeightFormat, quantize
+from fastdllm.decoding.quantized import Weight, WeightFormat, check_format, quantize
 from fastdllm.decoding.reuse import LayerStore
 from fastdllm.model import BlockDiffusionLM
 
@@ -77,7 +77,11 @@ class FusedForward:
 
         Above that, torch's own products are faster, and replace those of `kernels`. In another `weight_format` than the
         model's, the matrices of the layers and the head are copies, one byte a weight; embeddings stay as they are.
+
+        Raises:
+            ValueError: the kernels cannot read the format on this GPU.
         """
+        check_format(weight_format, model.device)
         backbone = model.qwen.model
         self.model, self.kernels = model, kernels or default_kernels(model.device)
         self.max_few_rows = max_few_rows

@@ -32,6 +32,17 @@ def quantize(weight: Tensor, weight_format: WeightFormat) -> Weight:
     return QuantizedWeight((values.round() if dtype == torch.int8 else values).to(dtype), scale)
 
 
+def check_format(weight_format: WeightFormat, device: torch.device) -> None:
+    """Raise ValueError for float8 on a GPU of the Ampere generation, where Triton runs and cannot read it."""
+    if weight_format == "float8" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if (8, 0) <= capability < (8, 9):
+            raise ValueError(
+                f"weight_format float8 needs a GPU of compute capability 8.9 or more, this one has "
+                f"{capability[0]}.{capability[1]}; take int8."
+            )
+
+
 def values_and_scale(weight: Weight) -> tuple[Tensor, Tensor | None]:
     """Return what is stored [N, K], and the scale of its rows, None if there is none."""
     return (weight, None) if isinstance(weight, Tensor) else weight

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from decoding.test_engine import make_model, make_prompts
 from fastdllm.decoding.config import DecodeConfig
 from fastdllm.decoding.engine import Engine, Request
-from fastdllm.decoding.quantized import STORED, quantize
+from fastdllm.decoding.quantized import STORED, check_format, quantize
 
 
 @pytest.mark.parametrize(("weight_format", "relative"), [("int8", 0.5 / 127), ("float8", 1 / 16)])
@@ -56,3 +56,15 @@ def test_what_cannot_be_is_refused(byte_tokenizer):
         DecodeConfig(weight_format="int4")
     with pytest.raises(ValueError, match="weight_format int8 needs the fused pass; set is_fused true"):
         Engine(make_model(), byte_tokenizer, decode=DecodeConfig(weight_format="int8"), is_fused=False)
+
+
+def test_float8_is_refused_on_ampere_alone(monkeypatch):
+    capability = {}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["it"])
+    cuda = torch.device("cuda")
+    for capability["it"] in ((7, 5), (8, 9), (9, 0)):
+        check_format("float8", cuda)
+    capability["it"] = (8, 6)
+    check_format("int8", cuda)
+    with pytest.raises(ValueError, match="needs a GPU of compute capability 8.9 or more, this one has 8.6; take int8"):
+        check_format("float8", cuda)
