@@ -146,13 +146,16 @@ class BlockDiffusionLM(nn.Module):
     def use_training_form(self, recompute: Recompute, is_compiled: bool) -> None:
         """Run all layers in their form for training (`training_form`) from now on.
 
-        A whole layer takes it inside its call, not around it. FSDP2 and ZeRO-3 gather a layer's weights in hooks of its
-        call; a hook breaks a graph, and a checkpoint with a break in it runs uncompiled, without a word.
+        A layer takes it inside its call, not around it, the last one for chosen rows too. FSDP2 and ZeRO-3 gather a
+        layer's weights in hooks of its call, and a hook inside a graph would break it.
         """
-        form = training_form(Qwen2DecoderLayer.forward, recompute, is_compiled)  # one, so that all share its graph
-        for layer in self.qwen.model.layers:
-            layer.forward = partial(form, layer)
-        self.run_last_layer = training_form(run_last_layer, recompute, is_compiled)
+        layers = self.qwen.model.layers
+        whole = training_form(Qwen2DecoderLayer.forward, recompute, is_compiled)  # one, so that all share its graph
+        for layer in layers:
+            layer.forward = partial(whole, layer)
+        some_rows = training_form(run_last_layer, recompute, is_compiled)
+        layers[-1].forward = partial(_last_forward, partial(whole, layers[-1]), partial(some_rows, layers[-1]))
+        self.run_last_layer = _call_last_layer
 
     def norm(self, hidden: Tensor) -> Tensor:
         """Return the hidden states after the final norm, in the dtype of the last layer's output."""
@@ -193,6 +196,21 @@ def run_last_layer(
     return output + layer.mlp(layer.post_attention_layernorm(output))
 
 
+def _call_last_layer(
+    layer: Qwen2DecoderLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor], chosen: ChosenRows
+) -> Tensor:
+    return layer(hidden, position_embeddings=rotary, chosen=chosen)
+
+
+def _last_forward(
+    whole: Callable, some_rows: Callable, hidden: Tensor, chosen: ChosenRows | None = None, **options
+) -> Tensor:
+    """Run the last layer in one of its two training forms: on all rows, or for the chosen ones."""
+    if chosen is None:
+        return whole(hidden, **options)
+    return some_rows(hidden, options["position_embeddings"], chosen)
+
+
 def _rows(values: Tensor, index: Tensor) -> Tensor:
     """Return the rows `index` [B, T] of `values` [B, R, C], or [1, R, C] for all samples: [B, T, C]."""
     values = values.expand(len(index), -1, -1)
@@ -210,6 +228,7 @@ def training_form(function: Callable, recompute: Recompute, is_compiled: bool) -
     Args:
         recompute: what the backward pass works out again instead of keeping it: nothing, all but the outputs of matrix
             products and of attention ("selective"), or the whole layer ("full").
+        is_compiled: into one graph; what would run uncompiled (a break, too many recompilations) is an error of dynamo.
     """
     options = {"context_fn": _selective_contexts} if recompute == "selective" else {}
 
@@ -217,7 +236,7 @@ def training_form(function: Callable, recompute: Recompute, is_compiled: bool) -
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, **options, **named)
 
     form = function if recompute == "none" else checkpointed
-    return torch.compile(form, dynamic=False) if is_compiled else form
+    return torch.compile(form, dynamic=False, fullgraph=True) if is_compiled else form
 
 
 def _selective_contexts():

@@ -271,7 +271,7 @@ def _scores(logits: Tensor, token: Tensor, weight: Tensor) -> tuple[Tensor, Tens
 
 @cache
 def _compiled_scores():
-    return torch.compile(_scores, dynamic=False)
+    return torch.compile(_scores, dynamic=False, fullgraph=True)  # a break would keep another [M, V]
 
 
 def _rows_per_part(num_rows: int, vocabulary_size: int) -> int:

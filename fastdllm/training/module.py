@@ -28,13 +28,13 @@ from fastdllm.objective import (
     scored_rows,
     token_losses,
 )
+from fastdllm.training.compilation import Compilation
 from fastdllm.training.lora import frozen_checksum
 from fastdllm.training.strategies import clip_gradients, gather_whole_layers, shard
 
 NUM_NOISE_BINS = 10
 NEXT_TOKEN_BIN = NUM_NOISE_BINS  # targets of the autoregressive loss have no noise level
 COUNTERS = ("tokens", "rows", "operations", "empty_rows")
-WARMUP_MICRO_BATCHES = 2
 BACKWARD_AND_FORWARD = 3  # the backward pass costs two forward passes: gradients of the inputs and of the weights
 FROZEN_BACKWARD_AND_FORWARD = 2  # no gradients of the weights; what low-rank updates and attention add is not counted
 
@@ -248,24 +248,30 @@ class AdaptModule(LightningModule):
         self.counters: Tensor | None = None  # float64 since this start, see COUNTERS
         self.gradient_norm: Tensor | None = None
         self.num_passes = FROZEN_BACKWARD_AND_FORWARD if self._frozen() else BACKWARD_AND_FORWARD
+        self.compilation = Compilation()
         self._is_configured = False
-        self._num_micro_batches = 0
 
     @property
     def model(self) -> BlockDiffusionLM:
         return self.scoring.model
 
+    def setup(self, stage: str) -> None:
+        """Give the layers their training form.
+
+        Not in configure_model: DeepSpeed replaces torch.arange and others around it, and the first use of torch.compile
+        notes for good which functions torch has. The loss, compiled later, would break where it calls the true ones.
+        """
+        torch._dynamo.config.optimize_ddp = False  # it would cut the layers' graphs at the buckets of DDP
+        self.model.use_training_form(self.recompute, self.compile_layers)
+        gather_whole_layers(self.trainer.strategy, self.model.qwen.model.layers, self.compile_layers)
+
     def configure_model(self) -> None:
-        """Give the layers their training form and have the strategy shard them; Lightning may call this twice."""
+        """Have the strategy shard the layers; Lightning may call this twice."""
         if self._is_configured:
             return
         self._is_configured = True
-        torch._dynamo.config.optimize_ddp = False  # it would cut the layers' graphs at the buckets of DDP
-        model, layers = self.model, self.model.qwen.model.layers
-        model.use_training_form(self.recompute, self.compile_layers)
-        gather_whole_layers(self.trainer.strategy, layers)
         if self.device_mesh is not None:
-            shard(self.scoring, layers, self.device_mesh, self.compute_dtype)
+            shard(self.scoring, self.model.qwen.model.layers, self.device_mesh, self.compute_dtype)
 
     def configure_optimizers(self) -> dict:
         """Return AdamW (fused, unless fp16's loss scaling must see the gradients first) and its schedule."""
@@ -321,9 +327,8 @@ class AdaptModule(LightningModule):
         if batch_idx % accumulate == 0:
             self.step_loss = torch.zeros((), device=self.device)
             self.step_meter = Meter(self.device)
-        num_graphs = _num_compiled_graphs()
-        scores, objective = self._score(batch)
-        self._check_compilation(_num_compiled_graphs() - num_graphs)
+        with self.compilation.settled():
+            scores, objective = self._score(batch)
         self.step_loss += objective.detach()
         self.step_meter.add(scores, objective, batch["num_tokens"])
         flops = self.num_passes * forward_flops(self.model.qwen.config, scores.size)
@@ -335,18 +340,10 @@ class AdaptModule(LightningModule):
         averages = accumulate**2 if self.trainer.strategy.handles_gradient_accumulation else accumulate
         return objective * finite * (self.trainer.world_size * averages)
 
-    def _check_compilation(self, num_new_graphs: int) -> None:
-        """Raise a RuntimeError if a micro-batch after the first two compiled something: shapes must not change."""
-        self._num_micro_batches += 1
-        if num_new_graphs and self._num_micro_batches > WARMUP_MICRO_BATCHES:
-            raise RuntimeError(
-                f"{num_new_graphs} graphs were compiled again in micro-batch {self._num_micro_batches} of this start: "
-                "training shapes must not change. TORCH_LOGS=recompiles says why; --compile none trains without."
-            )
-
     def _score(self, batch: dict[str, Tensor]) -> tuple[Scores, Tensor]:
         """Return the scores and their sum over the number of targets in the whole optimizer step, float32 []."""
-        scores = self.scoring(batch)
+        with self.compilation.complete():
+            scores = self.scoring(batch)
         return scores, scores.total / batch["step_targets"][0]
 
     def is_reported(self, step: int) -> bool:
@@ -364,10 +361,6 @@ class AdaptModule(LightningModule):
         """Return the document tokens of the run so far, over all processes, which must all call this."""
         since_start = 0 if self.counters is None else int(add_over_processes(self.counters)[0])
         return self.earlier_data_tokens + since_start
-
-
-def _num_compiled_graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:

@@ -156,6 +156,7 @@ def _source_dtype(config: TrainConfig, setup: Setup) -> torch.dtype:
 
 def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapshot | None, stop: StopOnSignal) -> None:
     """Train from the snapshot, or from the source, to the last step."""
+    torch._dynamo.reset()  # graphs of an earlier run in this process would count towards the limit
     if setup.accelerator == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
         warnings.filterwarnings("error", message="flex_attention called without torch.compile")

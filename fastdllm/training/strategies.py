@@ -138,23 +138,30 @@ def shard(root: nn.Module, layers: nn.ModuleList, mesh: Any, compute_dtype: torc
     ranks apart without a word, hence the check at the end.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in layers[:-1]:  # the last layer's submodules are called one by one: the root gathers them
+    for layer in layers[:-1]:  # the root keeps the last layer, which the backward pass begins with
         fully_shard(layer, mesh=mesh["data_parallel"], mp_policy=policy)
     fully_shard(root, mesh=mesh["data_parallel"], mp_policy=policy)
     whole = [name for name, parameter in root.named_parameters() if not isinstance(parameter, DTensor)]
     assert not whole, f"not sharded: {whole[:3]}"
 
 
-def gather_whole_layers(strategy: Strategy, layers: nn.ModuleList) -> None:
+def gather_whole_layers(strategy: Strategy, layers: nn.ModuleList, is_compiled: bool) -> None:
     """Have ZeRO-3 gather a layer's weights before its call, all at once, as FSDP2 does; others: do nothing.
 
-    By itself it hooks every submodule, and no layer compiles: see `BlockDiffusionLM.use_training_form`.
-    """
-    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-        from deepspeed.utils import set_z3_leaf_module
+    By itself it hooks every submodule, and no layer compiles: see `BlockDiffusionLM.use_training_form`. To be called
+    before Lightning enters DeepSpeed's context for new models, which replaces torch's linear products.
 
-        for layer in layers[:-1]:  # the last layer's submodules are called one by one, as in `shard`
-            set_z3_leaf_module(layer, True)
+    The replacement saves no weight for the backward pass, where torch's would keep all gathered weights alive. A graph
+    saves the parameter itself, so there it is not needed, and does harm: each layer gets a graph of its own, and on
+    torch 2.11 the products with a bias had no gradient.
+    """
+    if not (isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3):
+        return
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+    strategy.config["zero_optimization"]["memory_efficient_linear"] = not is_compiled
 
 
 def clip_gradients(module: LightningModule, optimizer: Optimizer, largest_norm: float) -> Tensor | None:
