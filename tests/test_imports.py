@@ -23,7 +23,7 @@ DOORS = {
     "peft": ("training/lora.py",),
     "lm_eval": ("evaluation/harness.py",),
     "transformers": ("model.py", "checkpoint.py", "data/", "decoding/"),  # decoding: the tokenizer's type alone
-    "tokenizers": ("checkpoint.py", "data/fresh.py"),
+    "tokenizers": ("checkpoint.py",),
     "datasets": ("data/",),
     "jsonargparse": ("cli.py",),
     "matplotlib": ("evaluation/plots.py",),
