@@ -1,5 +1,7 @@
 """Shared fixtures: a tiny random Qwen2 and a byte tokenizer, both made from code; no downloads."""
 
+import os
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -15,6 +17,17 @@ CHAT_TEMPLATE = (
 
 def pytest_addoption(parser):
     parser.addoption("--offline", default="", help="folder with local evaluation data, laid out by hub id")
+
+
+def pytest_configure(config):
+    """Compute with one thread, here and in programs that tests start: models are tiny, and workers share the cores."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest tests first, so that xdist's workers end together."""
+    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("slurm", "slow")))
 
 
 @pytest.fixture(scope="session")
