@@ -17,7 +17,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -n 2 --dist loadgroup
+	$(RUN) -m pytest -n 2
 
 reports: .venv/installed
 	$(RUN) benchmarks/reports.py

@@ -8,6 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 VOCABULARY = 272
+GROUPS = {  # tests that share what takes long to make, by how their ids begin
+    "one Slurm cluster": ("tests/slurm/test_slurm.py", "tests/slurm/test_evaluation.py"),
+    "one trained copy of the repository": ("tests/test_docs.py::test_a_command_runs",),
+}
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "|<MASK>|"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -28,6 +32,18 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Put the longest tests first, so that xdist's workers end together."""
     items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("slurm", "slow")))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Hand tests out one by one, but all of a group to one worker; xdist's own groups do nothing under pytest 9."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class LoadGroups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return next((group for group, begin in GROUPS.items() if nodeid.startswith(begin)), nodeid)
+
+    return LoadGroups(config, log)
 
 
 @pytest.fixture(scope="session")

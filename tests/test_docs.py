@@ -188,7 +188,6 @@ def copy(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("commands")  # one copy for all
 @pytest.mark.parametrize("text", RUN, ids=str)
 def test_a_command_runs(text, copy, monkeypatch):
     monkeypatch.chdir(copy)

@@ -15,7 +15,7 @@ from fastdllm.evaluation.config import EvaluateConfig
 from fastdllm.evaluation.results import write_row
 from fastdllm.evaluation.settings import make_plans
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 
 RUN, CHECKPOINT = "runs/grid", "data/tiny-adapted"
 OPTIONS = ("--checkpoint", CHECKPOINT, "--limit", "3")

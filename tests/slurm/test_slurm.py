@@ -15,7 +15,7 @@ from training.forked_training import ForkedTraining
 from fastdllm.cli import to_yaml
 from fastdllm.training.config import TrainConfig, run_folder
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 
 TWO_NODES, TWO_TASKS = ("--nodes=2", "--ntasks-per-node=1"), ("--nodes=1", "--ntasks-per-node=2")
 MAX_STEPS = 60
