@@ -13,14 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastdllm.checkpoint import Adaptation, load_checkpoint
-from fastdllm.cli import run, to_dict
-from fastdllm.decoding.engine import check_decoding, stop_token_ids
-from fastdllm.decoding.reference import decode_plain, decode_with_stale_keys
-from fastdllm.decoding.rows import Completion, Request
-from fastdllm.evaluation import harness
-from fastdllm.evaluation.arguments import pick_dtype, resolve_mode
-from fastdllm.evaluation.calibration import (
+from calibration import (  # beside this file
     EDGES,
     Traced,
     calibration_caption,
@@ -28,6 +21,14 @@ from fastdllm.evaluation.calibration import (
     confidence_counts,
     position_counts,
 )
+
+from fastdllm.checkpoint import Adaptation, load_checkpoint
+from fastdllm.cli import run, to_dict
+from fastdllm.decoding.engine import check_decoding, stop_token_ids
+from fastdllm.decoding.reference import decode_plain, decode_with_stale_keys
+from fastdllm.decoding.rows import Completion, Request
+from fastdllm.evaluation import harness
+from fastdllm.evaluation.arguments import pick_dtype, resolve_mode
 from fastdllm.evaluation.results import Row
 from fastdllm.evaluation.settings import default_label
 from fastdllm.evaluation.tasks import load_task

@@ -8,9 +8,9 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from report import END, Maker, Part, render  # beside this file
 
 from fastdllm.evaluation.plots import save
-from fastdllm.evaluation.report import END, Maker, Part, render
 from fastdllm.evaluation.results import markdown
 from fastdllm.runtime import write_text
 

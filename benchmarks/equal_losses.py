@@ -31,7 +31,7 @@ class EqualConfig:
     checkpoint: str = "data/tiny"
     """Model to start from."""
     data_path: str = "data/tiny-source/train.jsonl"
-    """Training data (python -m fastdllm.data.problems writes these)."""
+    """Training data (python data/word_problems/problems.py writes these)."""
     sample_length: int = 256
     """Tokens of the longest document."""
     batch_size: int = 4

@@ -2,7 +2,7 @@
 
     python benchmarks/reports.py          # make reports
 
-What a comment may ask for: the parts of fastdllm/evaluation/report.py, and those of benchmarks, below. Pages whose
+What a comment may ask for: the parts of report.py and those of benchmarks, below. Pages whose
 numbers came out of a program that keeps no rows have no comments. Run twice it changes nothing: a figure is drawn only
 where it does not show its rows; delete it to have it drawn for another reason.
 """
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import decode_report  # beside this file
+import report
 import reuse_table
+from report import Maker, Part
 
 from fastdllm.cli import run
-from fastdllm.evaluation import report
-from fastdllm.evaluation.report import Maker, Part
 from fastdllm.evaluation.results import markdown
 
 LAYOUTS = ("published", "published_fast", "shared", "dead_rows", "ar")  # in the order of the table

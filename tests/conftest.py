@@ -1,11 +1,17 @@
 """Shared fixtures: a tiny random Qwen2 and a byte tokenizer, both made from code; no downloads."""
 
+import os
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 VOCABULARY = 272
+GROUPS = {  # tests that share what takes long to make, by how their ids begin
+    "one Slurm cluster": ("tests/slurm/test_slurm.py", "tests/slurm/test_evaluation.py"),
+    "one trained copy of the repository": ("tests/test_docs.py::test_a_command_runs",),
+}
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "|<MASK>|"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -15,6 +21,29 @@ CHAT_TEMPLATE = (
 
 def pytest_addoption(parser):
     parser.addoption("--offline", default="", help="folder with local evaluation data, laid out by hub id")
+
+
+def pytest_configure(config):
+    """Compute with one thread, here and in programs that tests start: models are tiny, and workers share the cores."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest tests first, so that xdist's workers end together."""
+    items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("slurm", "slow")))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Hand tests out one by one, but all of a group to one worker; xdist's own groups do nothing under pytest 9."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class LoadGroups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return next((group for group, begin in GROUPS.items() if nodeid.startswith(begin)), nodeid)
+
+    return LoadGroups(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from fastdllm.evaluation.arguments import parse_arguments
 
 TINY = "python evaluate.py --checkpoint data/tiny-adapted"
 BEFORE = {  # what other commands need, in this order; with what makes it small
-    "python -m fastdllm.data.problems": "--num_train 60 --num_validation 20 --num_test 5",
+    "python data/word_problems/problems.py": "--num_train 60 --num_validation 20 --num_test 5",
     "python train.py --config configs/demo.yaml": "--max_steps 2 --data.validation_samples 1",
     "python -m fastdllm distill --checkpoint data/tiny --data.path data/tiny/test.jsonl --data.limit 4 --keep right "
     "--output own.jsonl": "",

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import fastdllm
+
 PACKAGE = Path(__file__).parent.parent / "fastdllm"
 ORDER = (
     ("cli", "runtime", "masks", "config_json", "gguf"),
@@ -23,7 +25,7 @@ DOORS = {
     "peft": ("training/lora.py",),
     "lm_eval": ("evaluation/harness.py", "evaluation/tasks.py", "evaluation/command.py"),
     "transformers": ("model.py", "checkpoint.py", "data/", "decoding/"),  # decoding: the tokenizer's type alone
-    "tokenizers": ("checkpoint.py", "data/fresh.py"),
+    "tokenizers": ("checkpoint.py",),
     "datasets": ("data/", "evaluation/tasks.py", "evaluation/metrics/"),
     "evaluate": ("evaluation/metrics/",),
     "nltk": ("evaluation/tasks.py",),
@@ -72,8 +74,16 @@ def test_modules_import_from_their_left_only(path):
             assert (own, other) not in {("evaluation", "training"), ("training", "evaluation")}
 
 
-def test_decoding_loads_neither_lightning_nor_lm_eval():
+def test_options_load_no_torch_and_decoding_neither_lightning_nor_lm_eval():
     heavy = ("lightning", "lm_eval", "datasets")
-    code = f"import sys, fastdllm.decoding.engine; print([name for name in {heavy} if name in sys.modules])"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == "[]"
+    code = "import sys, fastdllm.cli; print('torch' in sys.modules); fastdllm.Engine; print(sys.modules.keys() & "
+    command = [sys.executable, "-c", f"{code}{set(heavy)})"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines() == ["False", "set()"]
+
+
+def test_the_public_names_are_those_that_are_found():
+    assert all(getattr(fastdllm, name).__name__ == name for name in fastdllm.__all__)
+    assert sorted(fastdllm.__all__) == sorted(fastdllm._MODULES)
+    with pytest.raises(AttributeError, match="no attribute 'Engin'; it has Completion, "):
+        _ = fastdllm.Engin

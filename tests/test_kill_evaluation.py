@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -11,7 +12,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def kill_evaluation(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("kill_evaluation")
+    module = importlib.import_module("kill_evaluation")
+    forked.context.set_forkserver_preload(forked.PRELOAD)  # one server serves other tests too
+    return module
 
 
 @pytest.mark.slow  # starts the evaluation five times or more

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-
-from fastdllm.evaluation.report import pages, render
+from report import pages, render
 
 ROOT = Path(__file__).parents[1]
 PAGES = pages(ROOT / "experiments")

@@ -1,5 +1,7 @@
 """The whole method on two CPU cores: adapt the bundled model, evaluate it, and draw what came out. `make demo`."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -7,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastdllm.cli import parse, run
-from fastdllm.data.problems import ProblemsConfig, write_problems
 from fastdllm.evaluation.config import EvaluateConfig
 from fastdllm.evaluation.plots import draw_accuracy
 from fastdllm.evaluation.results import Row, print_table
@@ -17,6 +18,7 @@ from fastdllm.training.run import train
 
 TRAIN_CONFIG = "configs/demo.yaml"
 RUN = "runs/demo"
+PROBLEMS = "data/word_problems/problems.py"  # a program of the repository, not of the package
 TASK = "tiny_problems"
 AUTOREGRESSIVE, ADAPTED = "data/tiny", "data/tiny-adapted"
 LEGEND = f"""tiny: {AUTOREGRESSIVE}, the bundled autoregressive model; tokens seen are those of the adaptation
@@ -39,7 +41,7 @@ def run_demo(config: DemoConfig) -> list[Row]:
     started = time.perf_counter()
     with step("1/6", "writing the training problems (data/tiny-source)"):
         if not Path("data/tiny-source/train.jsonl").exists():
-            write_problems(ProblemsConfig())
+            subprocess.run([sys.executable, PROBLEMS], check=True)
     with step("2/6", f"adapting {AUTOREGRESSIVE} to block diffusion for a few minutes ({TRAIN_CONFIG})"):
         train(parse(TrainConfig, ["--config", TRAIN_CONFIG, *(["--fresh"] if config.fresh else [])]))
     measure = _measure(config)

@@ -1,8 +1,7 @@
-"""Rows to figures: accuracy against both speeds; calibration; training curves; the training mask."""
+"""Rows to figures: accuracy against both speeds; training curves; the training mask."""
 
 import hashlib
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastdllm.evaluation.calibration import above, calibration_caption
 from fastdllm.evaluation.events import CELLS
 from fastdllm.evaluation.results import Row, caption, check_one_revision, repeats_of, when_reused
 from fastdllm.evaluation.scoring import wilson_interval
@@ -138,40 +136,6 @@ def _short(row: Row) -> str:
 def _marker(row: Row) -> str:
     """Return the marker of a row: by subset where layers are reused, a diamond for one token per pass, else a disc."""
     return SUBSET_MARKERS.get(row["subset"], "D" if row["threshold"] == 1.0 else "o")
-
-
-def draw_calibration(row: Row, path: str | Path) -> Path:
-    """Draw a row of calibration into a PNG: how often proposals above a confidence are right, and tokens per forward
-    at each place of the block."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    edges = row["edges"][:-1]
-    left.plot([100 * edge for edge in edges], color="0.7", linestyle="--", label="the confidence itself")
-    for name, good, label in (
-        ("proposals", "right", "all proposals"),
-        ("waiting", "waiting_right", "waiting: not the step's best"),
-    ):
-        counts = [(above(row[good], edge), above(row[name], edge)) for edge in range(len(edges))]
-        places = [place for place, (_, number) in enumerate(counts) if number]
-        shares = [100 * counts[place][0] / counts[place][1] for place in places]
-        ends = [wilson_interval(*counts[place]) for place in places]
-        lengths = zip(*((s - 100 * a, 100 * b - s) for s, (a, b) in zip(shares, ends, strict=True)), strict=True)
-        bars = [[max(0.0, length) for length in side] for side in lengths]
-        left.errorbar(places, shares, yerr=bars or None, marker="o", markersize=4, label=label)
-    left.set_xticks(range(len(edges)), [f"{edge:g}" for edge in edges], fontsize=7)
-    left.set(xlabel="confidence above", ylabel="right (%)", ylim=(-3, 103))
-    left.legend(fontsize=7)
-    per_place = [n / p if p else 0.0 for n, p in zip(row["position_tokens"], row["position_passes"], strict=True)]
-    right.bar(range(len(per_place)), per_place)
-    mean = sum(row["position_tokens"]) / sum(row["position_passes"])
-    right.axhline(mean, color="black", linestyle="--", label=f"all places: {mean:.2f}")
-    right.set(xlabel="place in the block", ylabel=f"tokens per forward pass at threshold {row['threshold']:g} (tokens)")
-    right.legend(fontsize=7)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.suptitle("\n".join(textwrap.wrap(calibration_caption(row), 190)), fontsize=7)
-    return save(figure, path, row)
 
 
 def draw_curves(runs: Mapping[str, str | Path], path: str | Path) -> Path:

@@ -5,11 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from fresh import fresh_checkpoint, train_tokenizer
+from problems import LARGEST, ProblemsConfig, problem
+from stories import EVENTS, HELD_OUT_FORMS, OPENINGS, TRAINED_FORMS
 from transformers import AutoTokenizer
-
-from fastdllm.data.fresh import fresh_checkpoint, train_tokenizer
-from fastdllm.data.problems import LARGEST, ProblemsConfig, problem
-from fastdllm.data.stories import EVENTS, HELD_OUT_FORMS, OPENINGS, TRAINED_FORMS
 
 STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.")
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}

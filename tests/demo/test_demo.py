@@ -1,8 +1,11 @@
-import json
+import sys
+from pathlib import Path
 
 from fastdllm.demo import run as demo
 from fastdllm.evaluation.results import Counts, make_row, ratios
 from fastdllm.evaluation.scoring import score
+
+ROOT = Path(__file__).parents[2]
 
 
 def row(settings, **fields):
@@ -15,18 +18,19 @@ def row(settings, **fields):
 
 
 def test_the_demo_measures_ar_the_fresh_adaptation_and_the_bundled_one_with_its_grid(tmp_path, monkeypatch, capsys):
-    measured, trained = [], []
+    measured, trained, started = [], [], []
 
     def run_missing(config):
         measured.append(config)
         return [row(config)]
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "write_problems", lambda config: print(json.dumps(config.output)))
+    monkeypatch.setattr(demo.subprocess, "run", lambda command, check: started.append(command))
     monkeypatch.setattr(demo, "parse", lambda kind, arguments: arguments)
     monkeypatch.setattr(demo, "train", trained.append)
     monkeypatch.setattr(demo, "run_missing", run_missing)
     rows = demo.run_demo(demo.DemoConfig(limit=3))
+    assert started == [[sys.executable, demo.PROBLEMS]] and (ROOT / demo.PROBLEMS).exists()
     assert trained == [["--config", "configs/demo.yaml"]]
     assert [(one.checkpoint, one.threshold, one.grid) for one in measured] == [
         ("data/tiny", 0.0, False),

@@ -41,6 +41,7 @@ def project(tmp_path, monkeypatch):
     letters = {"task": "toy_letters", "output_type": "multiple_choice", "doc_to_choice": ["A", "B"], "doc_to_target": 0}
     shared = {name: TASK[name] for name in ("dataset_path", "test_split", "doc_to_text")}
     (tasks / "toy_letters.yaml").write_text(json.dumps(shared | letters | data))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # asks pip and 12 other programs
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))  # of programs that the tests start
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))  # our own; it was read long ago
     monkeypatch.chdir(tmp_path)

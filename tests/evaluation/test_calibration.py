@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_qwen
-
-from fastdllm.decoding.reference import Decoded, decode_plain, decode_with_stale_keys
-from fastdllm.decoding.trace import Candidate
-from fastdllm.evaluation.calibration import (
+from calibration import (
     EDGES,
     Traced,
     above,
     calibration_lines,
     confidence_counts,
+    draw_calibration,
     position_counts,
 )
-from fastdllm.evaluation.plots import draw_calibration
-from fastdllm.evaluation.report import END, render
+from conftest import make_qwen
+from report import END, render
+
+from fastdllm.decoding.reference import Decoded, decode_plain, decode_with_stale_keys
+from fastdllm.decoding.trace import Candidate
 from fastdllm.model import BlockDiffusionLM
 
 MASK, SIZE, SUB_BLOCK = 259, 8, 4

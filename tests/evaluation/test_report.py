@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from report import END, Maker, render, write_reports
 
-from fastdllm.evaluation.report import END, Maker, render, write_reports
 from fastdllm.evaluation.results import write_row
 
 from .rows import cell, fake_row

@@ -1,11 +1,11 @@
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
+from fastdllm import cli
 from fastdllm.checkpoint import open_checkpoint
 from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.evaluation import run
@@ -15,8 +15,6 @@ from fastdllm.evaluation.results import ROW_FIELDS, read_rows
 from fastdllm.evaluation.run import evaluate
 
 from .rows import fake_row
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_newest_export_is_taken_and_evaluated_on_its_task(adapted, project, capsys):
@@ -160,15 +158,14 @@ def test_adaptive_reuse_reaches_the_engine_and_names_its_rows(adapted):
 
 
 @pytest.mark.slow
-def test_two_processes_of_evaluate_py_measure_every_cell_once(adapted, project):
-    command = [sys.executable, str(ROOT / "evaluate.py"), "--limit", "1", "--max_new_tokens", "8"]
-    command += ["--axes.threshold", "[0.7,0.9]", "--axes.reuse_k", "[1,2]"]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = ""
+def test_two_processes_measure_every_cell_once(adapted, project):
+    argv = ["--limit", "1", "--max_new_tokens", "8", "--axes.threshold", "[0.7,0.9]", "--axes.reuse_k", "[1,2]"]
+    logs = [project / f"{number}.out" for number in range(2)]
+    processes = [forked.start(cli.run, EvaluateConfig, evaluate, argv, log=log) for log in logs]
     for process in processes:
-        output, errors = process.communicate()
-        assert process.returncode == 0, errors
-        printed += output
+        process.join()
+    printed = "".join(log.read_text() for log in logs)
+    assert [process.exitcode for process in processes] == [0, 0], printed
     rows = read_rows(project / "runs" / "tried" / "rows")
     assert len(rows) == 4
     written = [Path(line.split()[1]).stem for line in printed.splitlines() if line.startswith("wrote ")]

@@ -4,10 +4,7 @@ import itertools
 import json
 
 import pytest
-
-from fastdllm.decoding.rows import Completion
-from fastdllm.evaluation.outcomes import pack_outcomes, read_outcomes
-from fastdllm.evaluation.significance import (
+from significance import (
     HEADER,
     compare_accuracy,
     compare_tokens_per_forward,
@@ -18,6 +15,9 @@ from fastdllm.evaluation.significance import (
     reference_of,
     significance_lines,
 )
+
+from fastdllm.decoding.rows import Completion
+from fastdllm.evaluation.outcomes import pack_outcomes, read_outcomes
 
 from .rows import cell, fake_row
 

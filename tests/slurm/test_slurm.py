@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from training.conftest import ROOT
+from training.forked_training import ForkedTraining
 
 from fastdllm.cli import to_yaml
 from fastdllm.training.config import TrainConfig, run_folder
@@ -18,6 +19,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 
 TWO_NODES, TWO_TASKS = ("--nodes=2", "--ntasks-per-node=1"), ("--nodes=1", "--ntasks-per-node=2")
 MAX_STEPS = 60
+LAST_LOSS = rf"trained to step {MAX_STEPS}: loss (.*)"
 
 
 class Job:
@@ -83,18 +85,15 @@ def losses():
 
 
 def last_loss(job: Job) -> str:
-    return job.wait_for(rf"trained to step {MAX_STEPS}: loss (.*)")[1]
+    return job.wait_for(LAST_LOSS)[1]
 
 
 @pytest.fixture
 def unbroken_loss(losses, make_long_config):
-    """Return the last loss of a run that nothing befalls."""
+    """Return the last loss of a run without Slurm that nothing befalls."""
     if not losses:
-        job = Job(make_long_config("unbroken"), TWO_NODES)
-        losses["unbroken"] = last_loss(job)
-        job.wait_for_state("COMPLETED")
-        assert job.text().count(f"\nstep {MAX_STEPS}/{MAX_STEPS} ") == 1, "only the first process prints"
-        assert job.text().count("data: train: ") == 1, "one process prepares for both nodes"
+        config = dataclasses.replace(make_long_config("unbroken"), devices=2)
+        (losses["unbroken"],) = re.findall(LAST_LOSS, "\n".join(ForkedTraining(config).finish()), re.MULTILINE)
     return losses["unbroken"]
 
 
@@ -110,6 +109,8 @@ def test_a_job_that_is_signalled_requeues_itself_and_ends_as_an_unbroken_one(unb
     assert last_loss(job) == unbroken_loss
     job.wait_for_state("COMPLETED")
     assert (run_folder(config) / "export" / "config.json").exists()
+    assert job.text().count(f"\nstep {MAX_STEPS}/{MAX_STEPS} ") == 1, "only the first process prints"
+    assert job.text().count("data: train: ") == 2, "at each start one process prepares for both nodes"
 
 
 def test_a_job_that_is_killed_then_cancelled_and_submitted_again_ends_as_an_unbroken_one(

@@ -1,7 +1,6 @@
 """Non-finite steps are skipped, counted and end training when they do not stop; bad input is named."""
 
 import dataclasses
-import json
 import math
 import re
 import shutil
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import fastdllm.training.run as training
-from benchmarks.kill_training import KillConfig, Program, check_strategy, differences, logged, read_state
+from benchmarks.kill_training import KillConfig, check_strategy, differences, logged, read_state
 from fastdllm.checkpoint import load_checkpoint
 from fastdllm.cli import to_yaml
 from fastdllm.data.packing import PackedSamples
@@ -20,10 +19,10 @@ from fastdllm.training.export import read_weights
 from fastdllm.training.run import train
 from fastdllm.training.snapshots import newest_complete, read_snapshot, snapshot_folders
 from training import probe
-from training.conftest import ROOT, by_hand, flip_a_bit
+from training.conftest import by_hand, flip_a_bit
+from training.forked_training import ForkedTraining
 
 REFUSALS = (ValueError, FileNotFoundError, RuntimeError)
-PROBE = str(ROOT / "tests" / "training" / "probe.py")
 
 
 def plan(kind="", steps=(), rank=0):
@@ -31,7 +30,7 @@ def plan(kind="", steps=(), rank=0):
 
 
 def start(config, **poison):
-    return Program(config, (PROBE, json.dumps(plan(**poison))))
+    return ForkedTraining(config, plan(**poison))
 
 
 def check_only_the_third_step_changed_nothing(config):

@@ -15,7 +15,7 @@ from fastdllm.training.lora import LoraSettings, add_lora, frozen_checksum, merg
 from fastdllm.training.module import OptimizerConfig
 from fastdllm.training.run import train
 from fastdllm.training.snapshots import newest_complete
-from training.conftest import run_program
+from training.forked_training import ForkedTraining
 
 LORA = LoraSettings(rank=4, alpha=8.0)
 REFUSALS = (ValueError, FileNotFoundError, RuntimeError)
@@ -79,8 +79,8 @@ def test_bfloat16_freezes_in_bfloat16_and_trains_in_float32(make_config):
 def test_killed_run_resumes_bit_for_bit(make_config):
     unbroken, broken = make_config(name="unbroken", lora=LORA), make_config(name="broken", lora=LORA)
     train(unbroken)
-    run_program(broken, kill_after=5)
-    lines = run_program(broken)
+    ForkedTraining(broken).kill_after(5)
+    lines = ForkedTraining(broken).finish()
     assert "resumed at step 3" in lines
     first, second = (load_file(run_folder(c) / "export" / "model.safetensors") for c in (unbroken, broken))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -116,7 +116,7 @@ def test_the_checksum_of_frozen_weights_does_not_depend_on_their_precision(make_
 def test_two_processes_train_like_one(make_config):
     one, two = make_config(name="one", lora=LORA), make_config(name="two", lora=LORA, devices=2)
     train(one)
-    run_program(two)
+    ForkedTraining(two).finish()
     first, second = (make_unmerged(config)[1] for config in (one, two))
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5)  # another order of summation

@@ -17,7 +17,8 @@ from fastdllm.training.config import TrainConfig, resolve, run_folder
 from fastdllm.training.export import export_run, read_weights
 from fastdllm.training.run import train
 from fastdllm.training.snapshots import newest_complete
-from training.conftest import ROOT, by_hand, exported_weights, run_program
+from training.conftest import ROOT, by_hand, exported_weights
+from training.forked_training import ForkedTraining
 
 REFUSALS = (ValueError, FileNotFoundError, RuntimeError)
 
@@ -91,9 +92,9 @@ def test_time_limit_stops_saves_and_exports(make_config, capsys):
 def test_killed_run_resumes_bit_for_bit(make_config):
     unbroken, broken = make_config(name="unbroken"), make_config(name="broken")
     train(unbroken)
-    run_program(broken, kill_after=5)
+    ForkedTraining(broken).kill_after(5)
     assert newest_complete(run_folder(broken) / "checkpoints").step == 3
-    lines = run_program(broken)
+    lines = ForkedTraining(broken).finish()
     assert "resumed at step 3" in lines
     first, second = exported_weights(unbroken), exported_weights(broken)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -110,8 +111,8 @@ def test_killed_run_resumes_bit_for_bit(make_config):
 def test_two_processes_train_save_resume_and_export_like_one(make_config, strategy):
     one, two = make_config(name="one"), make_config(name="two", devices=2, strategy=strategy)
     train(one)
-    run_program(two, kill_after=5)
-    lines = run_program(two)
+    ForkedTraining(two).kill_after(5)
+    lines = ForkedTraining(two).finish()
     assert "resumed at step 3" in lines
     assert sum(line.startswith("step 8/8") for line in lines) == 1, "only the first process prints"
     first, second = exported_weights(one), exported_weights(two)

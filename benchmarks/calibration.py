@@ -11,12 +11,19 @@ Traces are those of the plain decoders (`benchmarks/calibrate.py` makes a row of
   of the run, tokens after the stop included.
 """
 
+import textwrap
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from fastdllm.decoding.reference import Decoded
+from fastdllm.evaluation.plots import save
+from fastdllm.evaluation.scoring import wilson_interval
 
 Row = dict[str, Any]
 EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
@@ -106,3 +113,37 @@ def calibration_caption(row: Row) -> str:
         f"{cache} sub-block cache, revision {commit}. Right: the token that decoding with one token per step from this "
         "state finally wrote there; waiting: not the one that the step accepted, which is right by definition."
     )
+
+
+def draw_calibration(row: Row, path: str | Path) -> Path:
+    """Draw a row of calibration into a PNG: how often proposals above a confidence are right, and tokens per forward
+    at each place of the block."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    edges = row["edges"][:-1]
+    left.plot([100 * edge for edge in edges], color="0.7", linestyle="--", label="the confidence itself")
+    for name, good, label in (
+        ("proposals", "right", "all proposals"),
+        ("waiting", "waiting_right", "waiting: not the step's best"),
+    ):
+        counts = [(above(row[good], edge), above(row[name], edge)) for edge in range(len(edges))]
+        places = [place for place, (_, number) in enumerate(counts) if number]
+        shares = [100 * counts[place][0] / counts[place][1] for place in places]
+        ends = [wilson_interval(*counts[place]) for place in places]
+        lengths = zip(*((s - 100 * a, 100 * b - s) for s, (a, b) in zip(shares, ends, strict=True)), strict=True)
+        bars = [[max(0.0, length) for length in side] for side in lengths]
+        left.errorbar(places, shares, yerr=bars or None, marker="o", markersize=4, label=label)
+    left.set_xticks(range(len(edges)), [f"{edge:g}" for edge in edges], fontsize=7)
+    left.set(xlabel="confidence above", ylabel="right (%)", ylim=(-3, 103))
+    left.legend(fontsize=7)
+    per_place = [n / p if p else 0.0 for n, p in zip(row["position_tokens"], row["position_passes"], strict=True)]
+    right.bar(range(len(per_place)), per_place)
+    mean = sum(row["position_tokens"]) / sum(row["position_passes"])
+    right.axhline(mean, color="black", linestyle="--", label=f"all places: {mean:.2f}")
+    right.set(xlabel="place in the block", ylabel=f"tokens per forward pass at threshold {row['threshold']:g} (tokens)")
+    right.legend(fontsize=7)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle("\n".join(textwrap.wrap(calibration_caption(row), 190)), fontsize=7)
+    return save(figure, path, row)

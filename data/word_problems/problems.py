@@ -1,6 +1,6 @@
 """Generated grade-school word problems: a problem is a function of (seed, index, split) alone.
 
-`python -m fastdllm.data.problems --output data/tiny-source` writes train.jsonl, validation.jsonl, test.jsonl and a
+`python data/word_problems/problems.py --output data/tiny-source` writes train.jsonl, validation.jsonl, test.jsonl and a
 freshly initialised checkpoint folder `fresh/`. Numbers are split by a hash of (form, numbers) that does not depend on
 the seed, so no training problem of any seed has the numbers of a validation or test problem of its form.
 """
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastdllm.cli import run
-from fastdllm.data.fresh import fresh_checkpoint, train_tokenizer
-from fastdllm.data.stories import (
+from fresh import fresh_checkpoint, train_tokenizer  # beside this file
+from stories import (
     CONTAINERS,
     EVENTS,
     FAMILIES,
@@ -29,6 +28,8 @@ from fastdllm.data.stories import (
     VEHICLES,
     Event,
 )
+
+from fastdllm.cli import run
 from fastdllm.runtime import write_text
 
 Split = Literal["train", "validation", "test"]

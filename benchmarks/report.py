@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdllm.evaluation.calibration import calibration_caption, calibration_lines
-from fastdllm.evaluation.plots import draw_accuracy, draw_calibration, drawn_from, rows_digest
+from calibration import calibration_caption, calibration_lines, draw_calibration  # beside this file
+from significance import reference_of, significance_lines
+
+from fastdllm.evaluation.plots import draw_accuracy, drawn_from, rows_digest
 from fastdllm.evaluation.results import BASELINES, Row, caption, markdown, place, read_row, table_lines
-from fastdllm.evaluation.significance import reference_of, significance_lines
 from fastdllm.runtime import write_text
 
 SPEEDS = ("tokens/s", "decode tokens/s", *BASELINES)  # columns
