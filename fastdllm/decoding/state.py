@@ -138,7 +138,7 @@ def uniform_draws(seed: Tensor, draws: Tensor, count: int) -> Tensor:
 
 
 def _mixed(value: Tensor) -> Tensor:
-    """Scramble int64 numbers; products wrap around."""
-    value = (value ^ (value >> 30)) * -0x40A7B892E31B1A47
-    value = (value ^ (value >> 27)) * -0x6B2FB644ECCEEE15
-    return value ^ (value >> 31)
+    """Scramble int64 numbers; products wrap around, shifts fill up with zeros: copies of the sign would clear it."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        value = (value ^ ((value >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return value
