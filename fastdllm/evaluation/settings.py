@@ -10,7 +10,7 @@ import torch
 
 from fastdllm.checkpoint import Adaptation, Checkpoint, open_checkpoint
 from fastdllm.cli import flatten, to_dict
-from fastdllm.decoding.engine import DecodeConfig, check_decoding
+from fastdllm.decoding.config import DecodeConfig, check_decoding
 from fastdllm.decoding.policies import DEFAULT_THRESHOLD, resolve_parameter
 from fastdllm.decoding.reuse import layer_subset
 from fastdllm.evaluation.arguments import parse_arguments, pick_dtype, resolve_mode, unused_by_likelihood
@@ -80,12 +80,14 @@ def _make_plan(config: EvaluateConfig) -> Plan:
 def _check_cell(cell: Cell, checkpoint: Checkpoint) -> None:
     """Raise ValueError for what the engine would refuse when the cell runs."""
     arguments = parse_arguments(harness_arguments(cell.settings))
+    adaptation = checkpoint.adaptation or Adaptation()
     check_decoding(
         cell.settings["mode"],
         arguments.decode,
         arguments.reuse,
-        block_size=(checkpoint.adaptation or Adaptation()).block_size,
+        block_size=adaptation.block_size,
         num_layers=checkpoint.config.num_hidden_layers,
+        context_attention=adaptation.context_attention,
     )
 
 
