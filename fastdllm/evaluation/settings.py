@@ -11,7 +11,7 @@ import torch
 from fastdllm.checkpoint import Adaptation, Checkpoint, open_checkpoint
 from fastdllm.cli import flatten, to_dict
 from fastdllm.decoding.config import DecodeConfig, check_decoding
-from fastdllm.decoding.policies import DEFAULT_THRESHOLD, resolve_parameter
+from fastdllm.decoding.policies import DEFAULT_THRESHOLD, VERIFIED, resolve_parameter
 from fastdllm.decoding.reuse import layer_subset
 from fastdllm.evaluation.arguments import parse_arguments, pick_dtype, resolve_mode, unused_by_likelihood
 from fastdllm.evaluation.config import AxesConfig, EvaluateConfig, given, varied
@@ -200,9 +200,9 @@ def resolve_settings(
 
 
 def _policy_parameter(policy: str, decode: DecodeConfig) -> float | None:
-    """Return the parameter of a policy other than threshold: the one given with decode.policy, else its default."""
+    """Return a policy's parameter: that given with decode.policy, else its default; None for those without one here."""
     parameter = decode.policy_parameter if policy == decode.policy else 0.0
-    return None if policy == "threshold" else float(resolve_parameter(policy, DEFAULT_THRESHOLD, parameter))
+    return None if policy in ("threshold", VERIFIED) else float(resolve_parameter(policy, DEFAULT_THRESHOLD, parameter))
 
 
 def canonical_subset(subset: str, num_layers: int) -> str:
@@ -218,13 +218,13 @@ def harness_arguments(settings: Settings) -> dict[str, Any]:
         **{name: name for name in ("mode", "engine", "prompt", "device", "dtype", "seed", "batch_size")},
         **{name: name for name in ("threshold", "reuse_k", "reuse_mode", "use_block_cache", "temperature", "top_p")},
         **{name: name for name in ("policy", "policy_parameter", "fuse_append", "weight_format")},
-        **{name: name for name in ("schedule", "budget", "active_rows")},
+        **{name: name for name in ("schedule", "budget", "active_rows", "draft_length", "draft_groups")},
         "sub_block_size": "small_block_size",
         "subset": "layer_subset",
     }
     arguments = {theirs: settings[ours] for ours, theirs in names.items() if settings[ours] is not None}
     if settings["max_new_tokens"]:
         arguments["max_new_tokens"] = settings["max_new_tokens"]
-    if "layer_subset" in arguments:
-        arguments["layer_subset"] = arguments["layer_subset"].replace(",", "+")
+    for name in {"layer_subset", "draft_groups"} & arguments.keys():
+        arguments[name] = arguments[name].replace(",", "+")
     return arguments
