@@ -18,7 +18,7 @@ from fastdllm.decoding.cache import SlotCache, cache_bytes_per_place, head_size
 from fastdllm.decoding.config import DecodeConfig, check_decoding
 from fastdllm.decoding.drafts import DraftChooser
 from fastdllm.decoding.forward import PlainForward
-from fastdllm.decoding.fused import FusedPasses
+from fastdllm.decoding.fused import FusedPasses, can_fuse
 from fastdllm.decoding.graphs import GraphedPass
 from fastdllm.decoding.operations import has_kernels_for
 from fastdllm.decoding.policies import check_parameter
@@ -87,8 +87,11 @@ class Engine:
         self.cache_bytes = cache_bytes
         is_cuda = model.device.type == "cuda"
         self.is_graphed = is_cuda if is_graphed is None else is_graphed
-        is_better = self.decode.weight_format != "model" or (is_cuda and has_kernels_for(head_size(model)))
-        self.is_fused = is_better if is_fused is None else is_fused
+        is_fast = is_cuda and has_kernels_for(head_size(model))
+        if is_fused is None and is_fast and not can_fuse(model):
+            print("the fused pass knows plain linear layers alone: the model's own layers run, which are slower")
+            is_fast = False
+        self.is_fused = (is_fast or self.decode.weight_format != "model") if is_fused is None else is_fused
         self.free_rows = FREE_ROWS * self.is_graphed if free_rows is None else free_rows
         self.stop_ids = stop_token_ids(tokenizer)
         self.seconds = 0.0

@@ -78,7 +78,14 @@ class FusedForward:
 
         Above that, torch's own products are faster, and replace those of `kernels`. In another `weight_format` than the
         model's, the matrices of the layers and the head are copies, one byte a weight; embeddings stay as they are.
+        Raises:
+            ValueError: the model's layers are not plain (`can_fuse`).
         """
+        if not can_fuse(model):
+            raise ValueError(
+                "the fused pass merges plain linear layers, and this model has others, such as updates that act on "
+                "some rows alone; run its own layers (is_fused false, weight_format model)."
+            )
         backbone = model.qwen.model
         self.model, self.kernels = model, kernels or default_kernels(model.device)
         self.max_few_rows = max_few_rows
@@ -175,6 +182,16 @@ class FusedForward:
 
     def _products(self, hidden: Tensor) -> Operations | ModuleType:
         return self.kernels if len(hidden) <= self.max_few_rows else operations
+
+
+def can_fuse(model: BlockDiffusionLM) -> bool:
+    """Whether all matrices of the model are plain: what gates an update by row must be told the rows here."""
+    backbone = model.qwen.model
+    parts = [layer.get_submodule(name) for layer in backbone.layers for name in _MATRICES]
+    return type(backbone.embed_tokens) is nn.Embedding and all(type(part) is nn.Linear for part in parts)
+
+
+_MATRICES = tuple(f"self_attn.{name}_proj" for name in "qkvo") + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def default_kernels(device: torch.device) -> Operations | ModuleType:

@@ -356,3 +356,33 @@ def test_what_cannot_be_verified_or_would_do_nothing_is_refused(byte_tokenizer):
     }.items():
         with pytest.raises(ValueError, match=message):
             DecodeConfig(**{"policy": "verified", **dict(options)})
+
+
+class AtMaskRows(torch.nn.Linear):
+    """A linear layer with an update that acts on mask rows alone, as a gated adapter's does."""
+
+    def forward(self, rows):
+        output = super().forward(rows)
+        return torch.where(self.is_masked[..., None], 3 * output.flip(-1), output)
+
+
+def test_what_acts_on_mask_rows_alone_changes_drafts_and_no_answer(byte_tokenizer, told, monkeypatch):
+    _, prompts, expected = told
+    model = make_model(context="causal")
+    for layer in model.qwen.model.layers:
+        layer.mlp.down_proj.__class__ = layer.self_attn.v_proj.__class__ = AtMaskRows
+    embed = model.embed
+
+    def embed_and_gate(tokens, positions):
+        AtMaskRows.is_masked = tokens == MASK
+        return embed(tokens, positions)
+
+    monkeypatch.setattr(model, "embed", embed_and_gate)
+    engine = make_engine(model, byte_tokenizer, 3, draft_length=5)
+    found = answers(engine, make_requests(prompts))
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    drafts = []
+    for each in (model, told[0]):
+        with torch.no_grad():
+            drafts.append(draft_logits(each, [*prompts[4], 1, 2], len(prompts[4]) - 1, [0, 2], 5)[1].argmax(-1))
+    assert not torch.equal(*drafts)
