@@ -71,10 +71,10 @@ def test_the_running_rate_follows_what_is_accepted():
 
 
 def test_an_engine_that_chooses_gives_the_same_answers_and_stops_drafting_in_vain(byte_tokenizer):
-    model, requests = make_model(context="causal"), make_requests(make_prompts((1, 5, 9, 16, 30)), most=40)
+    model, requests = make_model(context="causal"), make_requests(make_prompts((1, 9, 16)), most=24)
     expected = answers(make_engine(model, byte_tokenizer, mode="ar"), requests)
     engine = make_engine(model, byte_tokenizer, 2, draft_length=0)
     found = answers(engine, requests)
     assert [one.tokens for one in found] == [one.tokens for one in expected]
-    assert engine._drafts.rate < 0.5  # random weights draft badly
+    assert engine._drafts.rate < 0.6  # random weights draft badly
     assert engine.steps.drafts.shape[1] == max(plan.length for plan in candidate_plans())
