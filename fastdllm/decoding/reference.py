@@ -216,6 +216,8 @@ class Verified:
     """Drafts that each pass kept; it gave one token more."""
     drafted: list[int] = field(default_factory=list)
     """Drafts that each pass was given."""
+    drafts: list[list[int]] = field(default_factory=list)
+    """What each pass drafted for the next one."""
     rows: list[int] = field(default_factory=list)
     """Rows of each pass that a cache does not save: the newest token, its drafts, the drafting rows."""
 
@@ -260,6 +262,7 @@ def decode_verified(
         result.rows.append(1 + len(drafts) + len(lengths_now) * draft_length)
         nearest = max(length for length in lengths_now if length <= accepted)
         drafts = drafting[lengths_now.index(nearest)].argmax(-1).tolist()[accepted - nearest :]
+        result.drafts.append(drafts)
         tokens = tokens + chosen[: accepted + 1]
         result.tokens = _through_stop(tokens[len(prompt) : limit], stop_ids)
         tokens = prompt + result.tokens

@@ -12,6 +12,7 @@ from decoding.test_engine import MASK, by_index, make_model, make_prompts
 from fastdllm.decoding.engine import DecodeConfig, Engine, Request
 from fastdllm.decoding.reference import Sampler, causal_logits, decode_autoregressive, decode_verified, draft_logits
 from fastdllm.decoding.reuse import ReuseConfig
+from fastdllm.decoding.state import Phase
 from fastdllm.decoding.verify import VerifySteps
 from fastdllm.model import BlockDiffusionLM
 
@@ -159,6 +160,47 @@ class GivenDrafts(VerifySteps):
                 wrong = torch.rand(plan.length, generator=generator) < 0.2
                 self.drafts[slot, : plan.length] = torch.where(wrong, 1, torch.tensor(right))
         return torch.full_like(accepted, plan.length)
+
+
+class NotedDrafts(VerifySteps):
+    """Steps that note what each pass drafts for the slot that has the prompt."""
+
+    notes: dict = {}  # prompt -> drafts, pass by pass
+
+    def verify(self, slots, plan):
+        before = self.state.take(slots)
+        super().verify(slots, plan)
+        at = self.state.take(slots)
+        for number, slot in enumerate(slots.tolist()):
+            if before.phase[number] == Phase.VERIFY:
+                prompt = tuple(self.state.tokens[slot, : int(at.prompt_length[number])].tolist())
+                drafts = self.drafts[slot, : int(at.num_drafts[number])].tolist()
+                self.notes.setdefault(prompt, []).append(drafts)
+
+
+@pytest.mark.parametrize(("draft_length", "groups"), [(4, (0, 1, 2, 3, 4)), (6, (0, 2, 5))])
+def test_the_engine_makes_the_drafts_of_the_plain_decoder(byte_tokenizer, monkeypatch, draft_length, groups):
+    """With a head that knows few tokens, so that drafts are often right."""
+    model, prompts = make_model(context="causal", seed=1), make_prompts(LENGTHS)
+    logits = model.logits
+
+    def few(hidden):
+        found = logits(hidden)
+        found[..., 3:] = -torch.inf
+        return found
+
+    monkeypatch.setattr(model, "logits", few)
+    options = dict(draft_length=draft_length, draft_groups=",".join(map(str, groups)))
+    engine, NotedDrafts.notes = make_engine(model, byte_tokenizer, 3, **options), {}
+    engine.steps_class = NotedDrafts
+    accepted = Counter()
+    for found, prompt in zip(answers(engine, make_requests(prompts)), prompts, strict=True):
+        run = dict(max_new_tokens=30, stop_ids=engine.stop_ids)
+        plain = decode_verified(model, prompt, **run, draft_length=draft_length, groups=groups)
+        assert found.tokens == plain.tokens and found.accepted_drafts == sum(plain.accepted)
+        assert NotedDrafts.notes[tuple(prompt)] == plain.drafts
+        accepted.update(plain.accepted)
+    assert len(accepted) > 3  # several lengths
 
 
 @pytest.fixture(scope="module")
