@@ -24,7 +24,8 @@ from calibration import (  # beside this file
 
 from fastdllm.checkpoint import Adaptation, load_checkpoint
 from fastdllm.cli import run, to_dict
-from fastdllm.decoding.engine import check_decoding, stop_token_ids
+from fastdllm.decoding.config import check_decoding
+from fastdllm.decoding.engine import stop_token_ids
 from fastdllm.decoding.reference import decode_plain, decode_with_stale_keys
 from fastdllm.decoding.rows import Completion, Request
 from fastdllm.evaluation import harness
@@ -153,7 +154,12 @@ def measure(config: CalibrationConfig) -> Row:
     for name, threshold in (("one_token", 1.0), ("parallel", config.threshold)):
         lm = TracedLM(checkpoint=checkpoint, threshold=threshold, **arguments)
         check_decoding(
-            "diffusion", lm.decoding, lm.reuse, block_size=lm.model.block_size, num_layers=lm.model.num_layers
+            "diffusion",
+            lm.decoding,
+            lm.reuse,
+            block_size=lm.model.block_size,
+            num_layers=lm.model.num_layers,
+            context_attention=lm.model.context_attention,
         )
         task = load_task(config.task or adaptation.task, config.offline)
         if task.is_likelihood:

@@ -388,7 +388,7 @@ def time_small_kernels(R: int, passes: Passes, way: Way) -> None:
     calls = {
         "normalize": lambda: kernels.normalize(hidden, added, layer.input_norm, 1e-6),
         "rotate_and_store": lambda: kernels.rotate_and_store(*arguments),
-        "attend_slots": lambda: kernels.attend_slots(query, keys, values, rows.slots, rows.limits),
+        "attend_slots": lambda: kernels.attend_slots(query, keys, values, rows),
     }
     times = {name: microseconds([call] * 16, device, passes.config.repeats) for name, call in calls.items()}
     print(f"{R} rows: " + ", ".join(f"{name} {us:.1f} us" for name, us in times.items()), flush=True)

@@ -18,6 +18,7 @@ CLEAN, VIEW_A, VIEW_B = 0, 1, 2
 EMPTY = -1
 FLEX_TILE = 128
 MOST_BLOCKS = 2**14  # of a sample, so that codes of documents and blocks fit into 32 bits
+GROUP_SEES_BOTH_WAYS = True  # a drafting row sees the rows behind it in its group too, not only those before it
 
 
 class Rows(NamedTuple):
@@ -243,6 +244,24 @@ def decode_attention_mask(
     order = torch.div(key_position, scale, rounding_mode="floor")[:, None, None, :]
     is_key = (key_position >= 0)[:, None, None, :]
     return is_key & (order <= torch.div(query_position, scale, rounding_mode="floor")[:, None, :, None])
+
+
+def draft_attention_mask(position: Tensor, last_clean: Tensor, group: Tensor) -> Tensor:
+    """Return who may attend to whom in a pass that verifies drafts and makes the next ones: [B, 1, T, T] bool.
+
+    A clean row sees the clean rows up to its own position, token by token. A drafting row, which holds the mask token,
+    sees the clean rows up to `last_clean` and the rows of its own group.
+
+    Args:
+        position: [B, T] int64.
+        last_clean: [B, T] int64: position of the last clean row that a row sees; of a clean row its own.
+        group: [B, T] int64: 1, 2, ... for the groups of drafting rows, 0 for clean rows.
+    """
+    is_clean_key = (group == 0)[:, None, :] & (position[:, None, :] <= last_clean[:, :, None])
+    is_own = (group[:, :, None] == group[:, None, :]) & (group != 0)[:, :, None]
+    if not GROUP_SEES_BOTH_WAYS:
+        is_own = is_own & (position[:, None, :] <= position[:, :, None])
+    return (is_clean_key | is_own)[:, None]
 
 
 def count_attention_pairs(rows: Rows, block_size: int, context_attention: ContextAttention) -> Tensor:

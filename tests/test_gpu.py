@@ -95,6 +95,11 @@ def make_scoring(config):
         {"reuse": ReuseConfig(active_rows="needed")},
         {"decode": {"fuse_append": True}},
         {"decode": {"temperature": 0.8}},
+        {"decode": {"policy": "verified", "threshold": DEFAULT_THRESHOLD, "draft_length": 5}, "context": "causal"},
+        {
+            "decode": {"policy": "verified", "threshold": DEFAULT_THRESHOLD, "draft_groups": "0,3", "temperature": 0.8},
+            "context": "causal",
+        },
         {"decode": {"policy": "profile", "threshold": DEFAULT_THRESHOLD}},
     ],
 )
@@ -105,9 +110,10 @@ def test_graphs_give_the_tokens_and_counts_of_eager_passes_on_the_cpu_in_float32
     decode = DecodeConfig(**{"threshold": 0.4, "sub_block_size": 4} | options.get("decode", {}))
     answers = []
     for device in ("cpu", "cuda"):
-        model, is_cuda = make_model(hidden_size=64).to(device), device == "cuda"
+        context = options.get("context", "block")
+        model, is_cuda = make_model(hidden_size=64, context=context).to(device), device == "cuda"
         settings = {"batch_size": 3, "free_rows": 256, "is_graphed": is_cuda, "is_fused": is_cuda and is_fused}
-        settings |= options | {"decode": decode}
+        settings |= {name: value for name, value in options.items() if name != "context"} | {"decode": decode}
         engine = Engine(model, byte_tokenizer, **settings)
         answers.append(sorted(engine.run(requests), key=lambda completion: completion.index))
         assert (engine.capture_seconds > 0) == (device == "cuda")

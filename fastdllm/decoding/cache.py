@@ -7,33 +7,50 @@ from fastdllm.model import BlockDiffusionLM
 
 
 class SlotCache:
-    """Preallocated keys and values [num_slots, G, capacity + 1, E] of each layer; place p holds absolute position p.
+    """Preallocated keys and values [num_slots, G, places, E] of each layer; place p holds absolute position p.
 
-    Of each slot, the places below its finished length are the block cache: exact, from prefill and append passes alone.
-    The block_size places after them are the current block's own: denoising passes write them and later sub-block passes
-    of the same block read them (the sub-block cache); the append pass overwrites them all with exact ones. Nothing else
-    is ever visible, because every pass masks the places beyond its block. The last place, `dump`, is written by rows
-    whose keys are not to be kept, and seen by none.
+    There are capacity + num_scratch + 1 places. Of each slot, those below its finished length are the block cache:
+    exact, from prefill and append passes alone. The block_size places after them are the current block's own: denoising
+    passes write them and later sub-block passes of the same block read them (the sub-block cache); the append pass
+    overwrites them all with exact ones. Nothing else is ever visible, because every pass masks the places beyond its
+    block.
+
+    A verifying pass writes its clean rows' places behind the finished ones, and no row sees a place beyond its own; a
+    rejected draft's place is written anew before any row may see it, since the next pass begins where it stood, or
+    before. Its drafting rows have scratch places of their own, `num_scratch` from `capacity` on, which only rows of the
+    same pass and group see. The last place, `dump`, is written by rows whose keys are not to be kept, and seen by none.
     """
 
-    def __init__(self, model: BlockDiffusionLM, num_slots: int, capacity: int):
+    def __init__(self, model: BlockDiffusionLM, num_slots: int, capacity: int, num_scratch: int = 0):
         config = model.qwen.config
-        shape = (model.num_layers, num_slots, config.num_key_value_heads, capacity + 1, head_size(model))
-        self.capacity, self.dump = capacity, capacity
+        shape = (model.num_layers, num_slots, config.num_key_value_heads, capacity + num_scratch + 1, head_size(model))
+        self.capacity, self.dump = capacity, capacity + num_scratch
         self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.values = torch.zeros_like(self.keys)
 
-    def select(self, slots: Tensor, places: Tensor, num_visible: int) -> None:
-        """Say what the next pass writes: slots [R], places [R, T]; and that it sees places 0 .. num_visible - 1."""
-        self._slots, self._places, self._num_visible = slots, places, num_visible
+    def select(self, slots: Tensor, places: Tensor, num_visible: int, sees_scratch: bool = False) -> None:
+        """Say what the next pass writes, slots [R], places [R, T], and which of the `visible` places it sees."""
+        self._slots, self._places, self._num_visible, self._sees_scratch = slots, places, num_visible, sees_scratch
+
+    def visible(self, num_visible: int, sees_scratch: bool) -> Tensor:
+        """Return the places 0 .. num_visible - 1, and behind them the scratch places if they are seen, [S] int64."""
+        places = torch.arange(num_visible, device=self.keys.device)
+        if not sees_scratch:
+            return places
+        return torch.cat([places, torch.arange(self.capacity, self.dump, device=self.keys.device)])
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Write the fresh [R, G, T, E] keys and values; return the visible ones, [R, G, num_visible, E]."""
+        """Write the fresh [R, G, T, E] keys and values; return the visible ones, [R, G, S, E]."""
         where = (self._slots[:, None], slice(None), self._places)
         self.keys[layer][where] = key.transpose(1, 2)
         self.values[layer][where] = value.transpose(1, 2)
-        seen = slice(0, self._num_visible)
-        return self.keys[layer][self._slots, :, seen], self.values[layer][self._slots, :, seen]
+        return self._seen(self.keys[layer]), self._seen(self.values[layer])
+
+    def _seen(self, slab: Tensor) -> Tensor:
+        seen = slab[self._slots, :, : self._num_visible]
+        if not self._sees_scratch:
+            return seen
+        return torch.cat([seen, slab[self._slots, :, self.capacity : self.dump]], dim=2)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` places of one slot to another."""

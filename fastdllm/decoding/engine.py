@@ -15,16 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastdllm.decoding.cache import SlotCache, cache_bytes_per_place, head_size
-from fastdllm.decoding.config import DecodeConfig
+from fastdllm.decoding.config import DecodeConfig, check_decoding
+from fastdllm.decoding.drafts import DraftChooser
 from fastdllm.decoding.forward import PlainForward
-from fastdllm.decoding.fused import FusedPasses
+from fastdllm.decoding.fused import FusedPasses, can_fuse
 from fastdllm.decoding.graphs import GraphedPass
 from fastdllm.decoding.operations import has_kernels_for
 from fastdllm.decoding.policies import check_parameter
 from fastdllm.decoding.reuse import ReuseConfig, row_bucket
 from fastdllm.decoding.rows import Completion, Request, Row
-from fastdllm.decoding.state import REPORT_HEAD, Phase, SlotState, to_device
+from fastdllm.decoding.state import COUNTERS, REPORT_HEAD, Phase, SlotState, to_device
 from fastdllm.decoding.steps import Steps
+from fastdllm.decoding.verify import VerifySteps
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.runtime import memory_bytes
 
@@ -42,29 +44,11 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset({tokenizer.eos_token_id} | {vocabulary[name] for name in STOP_TOKENS if name in vocabulary})
 
 
-def check_decoding(mode: str, decode: DecodeConfig, reuse: ReuseConfig, *, block_size: int, num_layers: int) -> None:
-    """Raise ValueError for options that the model cannot have, or that do not go together."""
-    if block_size % decode.sub_block_size:
-        raise ValueError(
-            f"decode.sub_block_size must divide the block size ({block_size}), got {decode.sub_block_size}; try 8 or "
-            "16."
-        )
-    reuses = reuse.is_on or reuse.is_trimmed
-    if reuses and (mode == "ar" or not decode.use_block_cache):
-        raise ValueError(
-            f"reuse (reuse_k {reuse.reuse_k}, schedule {reuse.schedule}, active_rows {reuse.active_rows}) needs "
-            "diffusion decoding with use_block_cache true: without the sub-block cache every denoising step is a full "
-            "pass and nothing is ever reused; turn reuse off or the cache on."
-        )
-    if decode.fuse_append and (reuses or mode == "ar"):
-        raise ValueError("decode.fuse_append needs diffusion decoding without reuse; set fuse_append false.")
-    reuse.layers(num_layers)  # refuses a subset that the model does not have
-
-
 class Engine:
-    """Owns the slots and their caches; promises that greedy answers do not depend on the batch."""
+    """Owns the slots and their caches; promises that answers do not depend on the batch."""
 
-    steps_class, forward_class = Steps, PlainForward
+    steps_class: Callable[..., Steps] | None = None  # None: the usual one for the options
+    forward_class = PlainForward
 
     def __init__(
         self,
@@ -103,8 +87,11 @@ class Engine:
         self.cache_bytes = cache_bytes
         is_cuda = model.device.type == "cuda"
         self.is_graphed = is_cuda if is_graphed is None else is_graphed
-        is_better = self.decode.weight_format != "model" or (is_cuda and has_kernels_for(head_size(model)))
-        self.is_fused = is_better if is_fused is None else is_fused
+        is_fast = is_cuda and has_kernels_for(head_size(model))
+        if is_fused is None and is_fast and not can_fuse(model):
+            print("the fused pass knows plain linear layers alone: the model's own layers run, which are slower")
+            is_fast = False
+        self.is_fused = (is_fast or self.decode.weight_format != "model") if is_fused is None else is_fused
         self.free_rows = FREE_ROWS * self.is_graphed if free_rows is None else free_rows
         self.stop_ids = stop_token_ids(tokenizer)
         self.seconds = 0.0
@@ -118,6 +105,7 @@ class Engine:
         self._prefill_events: list[tuple] = []
         self._skipped: list[Row] = []
         self._passes: dict[tuple, GraphedPass] = {}
+        self._drafts = DraftChooser(self.decode.draft_plan) if self.decode.is_verified else None
         self._check()
 
     @property
@@ -130,11 +118,23 @@ class Engine:
     def _reuses(self) -> bool:
         return self.reuse.is_on or self.reuse.is_trimmed
 
+    @property
+    def _is_token_wise(self) -> bool:
+        """Whether every row after prefill is a token's, or hangs on one: no blocks."""
+        return self.mode == "ar" or self.decode.is_verified
+
     def _check(self) -> None:
         model = self.model
         if self.mode not in ("diffusion", "ar"):
             raise ValueError(f"mode must be diffusion or ar, got {self.mode!r}.")
-        check_decoding(self.mode, self.decode, self.reuse, block_size=model.block_size, num_layers=model.num_layers)
+        check_decoding(
+            self.mode,
+            self.decode,
+            self.reuse,
+            block_size=model.block_size,
+            num_layers=model.num_layers,
+            context_attention=model.context_attention,
+        )
         if self.is_graphed and self.model.device.type != "cuda":
             raise ValueError(f"is_graphed needs a model on a GPU, this one is on {self.model.device}.")
         if self.decode.weight_format != "model" and not self.is_fused:
@@ -243,39 +243,45 @@ class Engine:
             self._allocate(longest, capacity, wanted, extra)
         self._free, self._asked = list(range(self.num_slots)), deque()
         # where rows are free, one kind of pass serves all slots, so the host need not know which pass each one needs
-        self._is_block_wise = self.mode == "diffusion" and not self._reuses
+        self._is_block_wise = not self._is_token_wise and not self._reuses
         self._is_universal = self._is_block_wise and self.num_slots * size <= min(self.free_rows, BLIND_ROWS)
-        self._lag = 1 if self.is_graphed and (self._is_universal or self.mode == "ar") else 0
+        self._lag = 1 if self.is_graphed and (self._is_universal or self._is_token_wise) else 0
         self._read_prefix(prefix, self.num_slots)
 
     def _allocate(self, longest: Row, capacity: int, wanted: int, extra: int) -> None:
         model, size = self.model, self.model.block_size
-        per_slot = (capacity + 1) * cache_bytes_per_place(model)
+        plans = self._drafts.plans if self._drafts else ()
+        num_scratch = max((plan.num_drafting for plan in plans), default=0)
+        self._most_new = max((plan.length + 1 for plan in plans), default=size)  # tokens of a slot that a pass may give
+        per_slot = (capacity + num_scratch + 1) * cache_bytes_per_place(model)
         budget = _free_bytes(model.device) if self.cache_bytes is None else self.cache_bytes
         fitting = budget // per_slot - extra
         if fitting < 1:
-            most = (budget // ((1 + extra) * cache_bytes_per_place(model)) - 1) // size * size
+            most = (budget // ((1 + extra) * cache_bytes_per_place(model)) - 1 - num_scratch) // size * size
             raise ValueError(
                 f"request {longest.index} may grow to {longest.limit} tokens, prompt and answer, and needs "
                 f"{(1 + extra) * per_slot:,} bytes of keys and values; {budget:,} are allowed, which {max(most, 0)} "
                 "tokens fit into: shorten it, or raise cache_bytes."
             )
         self.num_slots = num_slots = min(wanted, fitting)
-        self.state = SlotState(num_slots + extra, capacity, size, model.mask_token_id, model.device)
-        self.cache = SlotCache(model, num_slots + extra, capacity)
+        width = capacity + (self._most_new if self._drafts else 0)  # what is drafted may reach behind the limit
+        self.state = SlotState(num_slots + extra, width, size, model.mask_token_id, model.device)
+        self.cache = SlotCache(model, num_slots + extra, capacity, num_scratch)
         if self.is_fused:
             self.forward = FusedPasses(model, self.cache, self.decode.weight_format)
         else:
             self.forward = self.forward_class(model, self.cache)
-        self.steps = self.steps_class(
+        options = {"max_drafts": self._most_new - 1} if self._drafts else {}
+        self.steps = (self.steps_class or (VerifySteps if self._drafts else Steps))(
             model,
             self.state,
             self.cache,
             self.forward,
-            is_diffusion=self.mode == "diffusion",
+            is_diffusion=not self._is_token_wise,
             decode=self.decode,
             reuse=self.reuse,
             stop_ids=self.stop_ids,
+            **options,
         )
         self._passes = {}
         self._pool = torch.cuda.graph_pool_handle() if self.is_graphed else None
@@ -323,7 +329,7 @@ class Engine:
 
     def _admit(self, row: Row) -> None:
         length, size = len(row.request.prompt), self.model.block_size
-        row.start = length - 1 if self.mode == "ar" else length // size * size
+        row.start = length - 1 if self._is_token_wise else length // size * size
         # the last block of a prompt of whole blocks is read again: it gives the next token
         row.prefilled = min(self._prefix_length, row.start if row.start < length else row.start - size)
         if row.prefilled > 0:
@@ -331,7 +337,7 @@ class Engine:
         self._put(row, row.prefilled)
         if row.start <= row.prefilled:
             self.steps.begin(to_device([row.slot], self.model.device))
-            row.phase = self._first_phase
+            row.phase = self.steps.first_phase
 
     def _put(self, row: Row, prefilled: int) -> None:
         request = row.request
@@ -344,10 +350,6 @@ class Engine:
             start=row.start,
             seed=request.seed,
         )
-
-    @property
-    def _first_phase(self) -> Phase:
-        return Phase.TOKEN if self.mode == "ar" else Phase.FULL
 
     def _advance(self, rows: list[Row]) -> None:
         """Run the next pass of every row: one pass for each kind that is needed."""
@@ -364,10 +366,12 @@ class Engine:
             if kind == "prefill":
                 self._prefill(members)
             else:
-                # ahead of what the host knows: a round that it has not followed, the block behind an appended one
-                ahead = (self._lag + self.decode.fuse_append) * self.model.block_size
+                # ahead of what the host knows: a round not followed yet, the block behind an appended one, drafts
+                ahead = (self._lag + self.decode.fuse_append + (kind == "verify")) * self._most_new
                 self._see(max(row.start for row in members) + 1 + ahead)
-                if kind == "sub_block" and self.reuse.is_trimmed:
+                if self._drafts:
+                    self._pass(members, self.steps.verify, plan=self._drafts.plan(len(members)))
+                elif kind == "sub_block" and self.reuse.is_trimmed:
                     num_rows = row_bucket(sum(row.num_active for row in members))
                     self._pass(members, self.steps.active_rows, num_rows=num_rows)
                 else:
@@ -392,7 +396,7 @@ class Engine:
         for row in rows:
             row.prefilled += width
             if row.prefilled >= row.start:
-                row.phase = self._first_phase
+                row.phase = self.steps.first_phase
 
     def _see(self, length: int) -> None:
         """Tell a forward pass without graphs that no row sees more than `length` places, in whole blocks."""
@@ -413,7 +417,7 @@ class Engine:
         return partial(graphed, slots)
 
     def _report(self, slots: Tensor) -> Tensor:
-        return self.state.report(2 * self.model.block_size)
+        return self.state.report(2 * self._most_new)
 
     def _ask(self) -> tuple[Tensor, torch.cuda.Event | None]:
         """Start to read what the host follows, without waiting for it."""
@@ -431,11 +435,13 @@ class Engine:
         report, is_there = answer
         if is_there is not None:
             is_there.synchronize()
-        report, moved, size = report.numpy(), [], 1 if self.mode == "ar" else self.model.block_size
+        report, moved, size = report.numpy(), [], 1 if self._is_token_wise else self.model.block_size
         heads, tails = report[:, :REPORT_HEAD].tolist(), report[:, REPORT_HEAD:]
         for row in rows:
             phase, final, row.num_active, *counts = heads[row.slot]
             before = len(row.tokens)
+            if self._drafts:
+                self._drafts.note(*_growth(row.counts, counts, ("checked_drafts", "accepted_drafts")))
             if phase == Phase.PREFILL:
                 phase = row.phase  # the host knows better where it is ahead
             else:
@@ -466,7 +472,13 @@ _KINDS = {
     Phase.PROBE: "probe",
     Phase.REFRESH: "refresh",
     Phase.REUSE_REST: "reuse_rest",
+    Phase.VERIFY: "verify",
 }
+
+
+def _growth(before: list[int], after: list[int], names: tuple[str, ...]) -> list[int]:
+    """Return by how much these counters have grown; before the first report they are 0."""
+    return [after[index] - (before[index] if before else 0) for index in map(COUNTERS.index, names)]
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -1,6 +1,5 @@
 """The forward pass that the passes of decoding ask for: which rows, which cache, and what they propose."""
 
-import torch
 from torch import Tensor
 
 from fastdllm.decoding.cache import SlotCache
@@ -49,6 +48,6 @@ class PlainForward:
 
     def _prepare(self, rows: PassRows) -> Tensor:
         """Tell the cache what the next pass writes and sees; return the attention mask [B, 1, T, S]."""
-        self.cache.select(rows.slots, rows.places, self.num_visible)
-        seen = torch.arange(self.num_visible, device=rows.slots.device)
-        return (seen < rows.limits[..., None])[:, None]
+        self.cache.select(rows.slots, rows.places, self.num_visible, rows.has_own)
+        seen = self.cache.visible(self.num_visible, rows.has_own)
+        return rows.sees(seen)[:, None]

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fastdllm.decoding import operations
 from fastdllm.decoding.cache import SlotCache
+from fastdllm.decoding.drafts import MOST_DRAFTS
 from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.operations import HeadStatistics, PassRows
 from fastdllm.decoding.policies import Proposals
@@ -32,7 +33,7 @@ class Operations(Protocol):
         self, parts: Tensor, bias: Tensor, angles: Tensor, rows: PassRows, keys: Tensor, values: Tensor
     ) -> Tensor: ...
 
-    def attend_slots(self, query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, limits: Tensor) -> Tensor: ...
+    def attend_slots(self, query: Tensor, keys: Tensor, values: Tensor, rows: PassRows) -> Tensor: ...
 
     def head_statistics(self, hidden: Tensor, head: Weight, banned: int) -> HeadStatistics: ...
 
@@ -79,9 +80,14 @@ class FusedForward:
         model's, the matrices of the layers and the head are copies, one byte a weight; embeddings stay as they are.
 
         Raises:
-            ValueError: the kernels cannot read the format on this GPU.
+            ValueError: the kernels cannot read the format on this GPU, or the model's layers are not plain (`can_fuse`).
         """
         check_format(weight_format, model.device)
+        if not can_fuse(model):
+            raise ValueError(
+                "the fused pass merges plain linear layers, and this model has others, such as updates that act on "
+                "some rows alone; run its own layers (is_fused false, weight_format model)."
+            )
         backbone = model.qwen.model
         self.model, self.kernels = model, kernels or default_kernels(model.device)
         self.max_few_rows = max_few_rows
@@ -93,8 +99,9 @@ class FusedForward:
         self._layers = [_fuse(layer).quantized(weight_format) for layer in backbone.layers]
         self._all = range(len(self._layers))
         self._most_places = model.qwen.config.max_position_embeddings
-        # rows of a block that ends behind the capacity have positions too, although nobody reads what they give
-        positions = torch.arange(self._most_places + 2 * model.block_size, device=model.device)
+        # rows of a block, or drafts, that end behind the capacity have positions too; nobody reads what they give
+        beyond = 2 * max(model.block_size, MOST_DRAFTS)
+        positions = torch.arange(self._most_places + beyond, device=model.device)
         cosine, sine = backbone.rotary_emb(torch.empty(0, device=model.device), positions[None])  # float32 [1, P, E]
         self._angles = torch.stack([x[0, :, : x.shape[-1] // 2] for x in (cosine, sine)]).detach().contiguous()
 
@@ -125,7 +132,7 @@ class FusedForward:
                 "take a smaller capacity."
             )
         rows = rows._replace(limits=rows.limits.clamp(max=cache.capacity))
-        rows = PassRows(*(tensor.contiguous() for tensor in rows))
+        rows = PassRows(*(None if tensor is None else tensor.contiguous() for tensor in rows))
         before = F.embedding(tokens, self._embedding) if before is None else before
         layers = self._all if layers is None else layers
         hidden, parts = before.flatten(0, 1).contiguous(), None  # [R, C]; parts [P, R, C], to be added
@@ -165,7 +172,7 @@ class FusedForward:
         heads = many.multiply(normed, layer.query_key_value)
         keys, values = cache.keys[index], cache.values[index]
         query = few.rotate_and_store(heads, layer.query_key_value_bias, self._angles, rows, keys, values)
-        attended = few.attend_slots(query, keys, values, rows.slots, rows.limits)  # [B, T, H, E]
+        attended = few.attend_slots(query, keys, values, rows)  # [B, T, H, E]
         return hidden, many.multiply(attended.reshape(len(hidden), -1), layer.output)
 
     def _transform(self, index: int, hidden: Tensor, parts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -177,6 +184,16 @@ class FusedForward:
 
     def _products(self, hidden: Tensor) -> Operations | ModuleType:
         return self.kernels if len(hidden) <= self.max_few_rows else operations
+
+
+def can_fuse(model: BlockDiffusionLM) -> bool:
+    """Whether all matrices of the model are plain: what gates an update by row must be told the rows here."""
+    backbone = model.qwen.model
+    parts = [layer.get_submodule(name) for layer in backbone.layers for name in _MATRICES]
+    return type(backbone.embed_tokens) is nn.Embedding and all(type(part) is nn.Linear for part in parts)
+
+
+_MATRICES = tuple(f"self_attn.{name}_proj" for name in "qkvo") + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def default_kernels(device: torch.device) -> Operations | ModuleType:

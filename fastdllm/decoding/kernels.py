@@ -114,7 +114,7 @@ class Kernels:
         self._launch(_rotate_and_store, grid, parts, bias, *where, *arguments, warps=heads, **sizes)
         return query
 
-    def attend_slots(self, query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, limits: Tensor) -> Tensor:
+    def attend_slots(self, query: Tensor, keys: Tensor, values: Tensor, where: PassRows) -> Tensor:
         (B, T, H, E), (_, G, capacity, _) = query.shape, keys.shape
         if not has_kernels_for(E):
             raise ValueError(f"the kernels need a head size of 16, 32, 64, ..., got {E}; take `operations` instead.")
@@ -126,7 +126,8 @@ class Kernels:
         sums = query.new_empty(parts, R, E, dtype=torch.float32) if parts > 1 else out
         weights = query.new_empty(2, parts, R, dtype=torch.float32)
         scale = 1.4426950408889634 * E**-0.5  # of exp2
-        arguments = (query, keys, values, slots, limits, sums, weights, scale, B, T, capacity)
+        seen = (where.slots, where.limits, where.own_firsts, where.own_ends)
+        arguments = (query, keys, values, *seen, sums, weights, scale, B, T, capacity)
         sizes = dict(H=H, G=G, E=E, ROWS=rows, PLACES=settings.attend_places, PARTS=parts)
         sizes |= dict(warps=settings.attend_warps, stages=settings.attend_stages)
         self._launch(_attend, (blocks, B * G, parts), *arguments, **sizes)
@@ -304,12 +305,30 @@ def _rotate_and_store(
     tl.store(values + place + E // 2, turned_right, mask=is_value)
 
 
+@triton.jit
+def _attend_tile(queries, keys, values, place, entry, is_seen, capacity, scale, highest, weight, total):
+    """Return the largest score, the sum of weights and the weighted sum, with the seen ones of these places added."""
+    is_there = place < capacity
+    key = tl.load(keys + place[None, :] * entry.shape[0] + entry[:, None], mask=is_there[None, :], other=0.0)
+    scores = _dot(queries, key, tl.zeros([queries.shape[0], place.shape[0]], tl.float32)) * scale
+    scores = tl.where(is_seen, scores, -float("inf"))
+    higher = tl.maximum(highest, tl.max(scores, 1))
+    probability = tl.exp2(scores - higher[:, None])
+    shrink = tl.exp2(highest - higher)
+    weight = weight * shrink + tl.sum(probability, 1)
+    value = tl.load(values + place[:, None] * entry.shape[0] + entry[None, :], mask=is_there[:, None], other=0.0)
+    return higher, weight, _dot(probability.to(value.dtype), value, total * shrink[:, None])
+
+
 @triton.jit(do_not_specialize=["B", "T"])
 def _attend(
-    query, keys, values, slots, limits, sums, weights, scale, B, T, capacity, H: tl.constexpr, G: tl.constexpr,
-    E: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    query, keys, values, slots, limits, own_firsts, own_ends, sums, weights, scale, B, T, capacity,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr, PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attend for ROWS of the T * H / G rows that share a key head, over a part of the places that they see.
+
+    The last part reads the places of their own too, if rows have any.
 
     With one part, sums is the output; with more, it takes sums [PARTS, B * T * H, E] whose weights, and the largest
     score behind them, go to weights [2, PARTS, B * T * H].
@@ -329,17 +348,21 @@ def _attend(
     total = tl.zeros([ROWS, E], tl.float32)
     for tile in range(part * per_part, tl.minimum((part + 1) * per_part, count)):
         place = tile * PLACES + tl.arange(0, PLACES)
-        is_there = place < capacity
-        key = tl.load(keys + slab + place[None, :] * E + entry[:, None], mask=is_there[None, :], other=0.0)
-        scores = _dot(queries, key, tl.zeros([ROWS, PLACES], tl.float32)) * scale
-        scores = tl.where(place[None, :] < limit[:, None], scores, -float("inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        probability = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(highest - higher)
-        weight = weight * shrink + tl.sum(probability, 1)
-        value = tl.load(values + slab + place[:, None] * E + entry[None, :], mask=is_there[:, None], other=0.0)
-        total = _dot(probability.to(value.dtype), value, total * shrink[:, None])
-        highest = higher
+        is_seen = place[None, :] < limit[:, None]
+        highest, weight, total = _attend_tile(
+            queries, keys + slab, values + slab, place, entry, is_seen, capacity, scale, highest, weight, total
+        )
+    if own_firsts is not None:
+        first = tl.load(own_firsts + sequence * T + token, mask=is_inside, other=0)
+        end = tl.load(own_ends + sequence * T + token, mask=is_inside, other=0)
+        lowest = tl.min(tl.where(first < end, first, capacity), 0)
+        own_count = tl.cdiv(tl.maximum(tl.max(end, 0) - lowest, 0), PLACES).to(tl.int32)
+        for tile in range(0, tl.where(part == PARTS - 1, own_count, 0)):
+            place = lowest + tile * PLACES + tl.arange(0, PLACES)
+            is_seen = (place[None, :] >= first[:, None]) & (place[None, :] < end[:, None])
+            highest, weight, total = _attend_tile(
+                queries, keys + slab, values + slab, place, entry, is_seen, capacity, scale, highest, weight, total
+            )
     if PARTS == 1:
         total = total / tl.where(weight > 0, weight, 1.0)[:, None]
     else:

@@ -24,6 +24,23 @@ class PassRows(NamedTuple):
     """[B]."""
     limits: Tensor
     """[B, T]: a row sees the places below its limit, from 0 (nothing) to the capacity."""
+    own_firsts: Tensor | None = None
+    """[B, T]: a row sees the places from here up to its end below too: those of its group, behind every limit. None: no
+    row has any."""
+    own_ends: Tensor | None = None
+    """[B, T]: where they end; the same as the first, or less, for a row without any."""
+
+    @property
+    def has_own(self) -> bool:
+        """Whether rows may see places of their own besides those below their limits."""
+        return self.own_firsts is not None
+
+    def sees(self, places: Tensor) -> Tensor:
+        """Return which of the places [S] each row sees, [B, T, S] bool."""
+        is_seen = places < self.limits[..., None]
+        if self.own_firsts is None or self.own_ends is None:
+            return is_seen
+        return is_seen | ((places >= self.own_firsts[..., None]) & (places < self.own_ends[..., None]))
 
 
 class HeadStatistics(NamedTuple):
@@ -93,18 +110,16 @@ def rotate_and_store(
     return turned[:, :, :-G]
 
 
-def attend_slots(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, limits: Tensor) -> Tensor:
-    """Return what each row of query [B, T, H, E] reads at the places below its limit, in its slot; zeros at limit 0.
+def attend_slots(query: Tensor, keys: Tensor, values: Tensor, rows: PassRows) -> Tensor:
+    """Return what each row of query [B, T, H, E] reads at the places that it sees, in its slot; zeros if it sees none.
 
     Args:
         keys: [slots, G, capacity, E], of one layer; so are values.
-        slots: [B] int64; limits: [B, T] int64.
     """
-    is_seen = torch.arange(keys.shape[2], device=limits.device) < limits[..., None]  # [B, T, capacity]
-    output = F.scaled_dot_product_attention(
-        query.transpose(1, 2), keys[slots], values[slots], is_seen[:, None], enable_gqa=True
-    )
-    return output.transpose(1, 2).masked_fill((limits == 0)[..., None, None], 0.0)
+    is_seen = rows.sees(torch.arange(keys.shape[2], device=query.device))  # [B, T, capacity]
+    keys, values = keys[rows.slots], values[rows.slots]
+    output = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, is_seen[:, None], enable_gqa=True)
+    return output.transpose(1, 2).masked_fill(~is_seen.any(-1)[..., None, None], 0.0)
 
 
 def head_statistics(hidden: Tensor, head: Weight, banned: int) -> HeadStatistics:

@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-PolicyName = Literal["threshold", "factor", "profile", "entropy", "margin", "fixed"]
+PolicyName = Literal["threshold", "factor", "profile", "entropy", "margin", "fixed", "verified"]
+DEFAULT_POLICY, VERIFIED = "threshold", "verified"
 DEFAULT_THRESHOLD = 0.9  # published with Fast-dLLM v1 and v2
 
 
@@ -242,6 +243,7 @@ class Fixed:
         return is_candidate & ((rank == 1) | (rank <= parameter.round()[:, None]))
 
 
+# Beside these stands `verified`, which accepts by the model's token-by-token mode: see verify.py.
 POLICIES: dict[str, Policy] = {
     "threshold": Threshold(),
     "factor": Factor(),
@@ -254,8 +256,9 @@ POLICIES: dict[str, Policy] = {
 
 def check_parameter(name: str, value: float) -> None:
     """Raise ValueError if there is no such policy, or if it cannot have this parameter."""
-    if name not in POLICIES:
-        raise ValueError(f"decode.policy must be one of {', '.join(POLICIES)}, got {name!r}.")
+    _check_name(name)
+    if name == VERIFIED:
+        raise ValueError(f"policy {name} has no parameter, got {value}; leave it out, or set decode.draft_length.")
     allowed = POLICIES[name].parameter_range
     if value not in allowed:
         option = "decode.threshold" if name == "threshold" else "decode.policy_parameter"
@@ -263,10 +266,17 @@ def check_parameter(name: str, value: float) -> None:
         raise ValueError(f"{option} of policy {name} must be {allowed}, got {value}; {way_out}.")
 
 
+def _check_name(name: str) -> None:
+    names = (*POLICIES, VERIFIED)
+    if name not in names:
+        raise ValueError(f"decode.policy must be one of {', '.join(names)}, got {name!r}.")
+
+
 def resolve_parameter(name: str, threshold: float, policy_parameter: float) -> float:
     """Return the parameter that the options decode.policy, .threshold and .policy_parameter ask for.
 
     The threshold is that of policy threshold alone; policy_parameter is that of the others, and 0 means their default.
+    Policy verified has none: 0.
     Raises ValueError for a value out of range, and for an option that the policy does not read.
     """
     if name == "threshold":
@@ -280,6 +290,9 @@ def resolve_parameter(name: str, threshold: float, policy_parameter: float) -> f
             raise ValueError(
                 f"decode.threshold does nothing in policy {name}, got {threshold}; set decode.policy_parameter."
             )
+        _check_name(name)
+        if name == VERIFIED and not policy_parameter:
+            return 0.0
         value = policy_parameter or (POLICIES[name].parameter_range.default if name in POLICIES else 0.0)
     check_parameter(name, value)
     return value

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastdllm.decoding.policies import accept_by_threshold, propose
+from fastdllm.decoding.state import uniform_draws
 from fastdllm.decoding.trace import Step, note_step
-from fastdllm.masks import decode_attention_mask
+from fastdllm.masks import decode_attention_mask, draft_attention_mask
 from fastdllm.model import BlockDiffusionLM
 
 
@@ -166,18 +167,122 @@ def _scatter(logits: Tensor, rows: list[int], first: int, count: int) -> Tensor:
     return scattered[:-1]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How the token after a row is chosen; what is drawn depends on the logits, the seed and the place alone."""
+
+    temperature: float = 0.0
+    """0: the most likely token."""
+    top_p: float = 1.0
+    seed: int = 0
+
+    def choose(self, logits: Tensor, number: int) -> int:
+        """Return new token `number` (0 is the first after the prompt) by its logits [V]."""
+        uniform = uniform_draws(torch.tensor([self.seed]), torch.tensor([number]), 1)[0].to(logits.device)
+        return int(propose(logits[None], self.temperature, self.top_p, uniform)[0])
+
+
 @torch.no_grad()
 def decode_autoregressive(
-    model: BlockDiffusionLM, prompt: list[int], *, max_new_tokens: int, stop_ids: frozenset[int]
+    model: BlockDiffusionLM,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    sampler: Sampler | None = None,
 ) -> list[int]:
-    """Decode greedily token by token with one causal pass over the whole sequence for each."""
-    tokens = list(prompt)
+    """Decode token by token, greedily without a sampler, with one causal pass over the whole sequence for each."""
+    tokens, sampler = list(prompt), sampler or Sampler()
     while len(tokens) < len(prompt) + max_new_tokens and (len(tokens) == len(prompt) or tokens[-1] not in stop_ids):
-        positions = torch.arange(len(tokens), device=model.device)[None]
-        attention_mask = decode_attention_mask(positions, positions, model.block_size, "causal")
-        hidden = model.hidden_states(torch.tensor([tokens], device=model.device), positions, attention_mask)
-        tokens.append(int(model.logits(hidden[0, -1]).argmax()))
+        tokens.append(sampler.choose(causal_logits(model, tokens)[-1], len(tokens) - len(prompt)))
     return tokens[len(prompt) :]
+
+
+@torch.no_grad()
+def causal_logits(model: BlockDiffusionLM, tokens: list[int]) -> Tensor:
+    """Return the logits [T, V] of a token-causal pass over the whole sequence."""
+    positions = torch.arange(len(tokens), device=model.device)[None]
+    attention_mask = decode_attention_mask(positions, positions, model.block_size, "causal")
+    return model.logits(model.hidden_states(torch.tensor([tokens], device=model.device), positions, attention_mask)[0])
+
+
+@dataclass
+class Verified:
+    """What the plain verifying decoder returns."""
+
+    tokens: list[int] = field(default_factory=list)
+    """New tokens, those of token-by-token decoding."""
+    accepted: list[int] = field(default_factory=list)
+    """Drafts that each pass kept; it gave one token more."""
+    drafted: list[int] = field(default_factory=list)
+    """Drafts that each pass was given."""
+    drafts: list[list[int]] = field(default_factory=list)
+    """What each pass drafted for the next one."""
+    rows: list[int] = field(default_factory=list)
+    """Rows of each pass that a cache does not save: the newest token, its drafts, the drafting rows."""
+
+
+@torch.no_grad()
+def decode_verified(
+    model: BlockDiffusionLM,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    draft_length: int,
+    groups: tuple[int, ...] | None = None,
+    sampler: Sampler | None = None,
+) -> Verified:
+    """Decode as `decode_autoregressive` does, several tokens a pass: each verifies drafts and makes the next ones.
+
+    A pass holds the tokens so far and the drafts behind them, token by token, and for each length in `groups` a group
+    of `draft_length` mask tokens which stand where the next ones would if so many drafts were accepted. A draft is
+    accepted if it is what the clean row before it chooses, and so are all drafts before it; one more token is chosen
+    behind them.
+
+    Drawn at a temperature, a token is what token-by-token decoding would draw at its place, so the answer does not
+    depend on the drafts. To the drafts it is rejection sampling with a certain draft: accepted with the probability of
+    the draft, and else drawn from what the distribution is without it.
+
+    Args:
+        groups: accepted lengths that have a group, ascending, 0 the first; None: all up to `draft_length`. Behind
+            another length the drafts are those of the next shorter one, as far as they reach.
+    """
+    lengths, sampler, result = groups or tuple(range(draft_length + 1)), sampler or Sampler(), Verified()
+    tokens, drafts, limit = list(prompt), [], len(prompt) + max_new_tokens
+    while len(tokens) < limit and (len(tokens) == len(prompt) or tokens[-1] not in stop_ids):
+        newest = len(tokens) - 1
+        drafts = drafts[: limit - 1 - len(tokens)]  # the pass gives a token besides
+        lengths_now = sorted({min(length, len(drafts)) for length in lengths})
+        clean, drafting = draft_logits(model, tokens + drafts, newest, lengths_now, draft_length)
+        chosen = [sampler.choose(row, len(tokens) - len(prompt) + number) for number, row in enumerate(clean)]
+        accepted = next((i for i, draft in enumerate(drafts) if draft != chosen[i]), len(drafts))
+        result.accepted.append(accepted)
+        result.drafted.append(len(drafts))
+        result.rows.append(1 + len(drafts) + len(lengths_now) * draft_length)
+        nearest = max(length for length in lengths_now if length <= accepted)
+        drafts = drafting[lengths_now.index(nearest)].argmax(-1).tolist()[accepted - nearest :]
+        result.drafts.append(drafts)
+        tokens = tokens + chosen[: accepted + 1]
+        result.tokens = _through_stop(tokens[len(prompt) : limit], stop_ids)
+        tokens = prompt + result.tokens
+    return result
+
+
+def draft_logits(
+    model: BlockDiffusionLM, tokens: list[int], newest: int, lengths: list[int], draft_length: int
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of the clean rows from `newest` on, [1 + drafts, V], and of the groups, [groups, K, V]."""
+    count = len(tokens)
+    position, last_clean, group = list(range(count)), list(range(count)), [0] * count
+    for number, length in enumerate(lengths, 1):
+        position += range(newest + length + 1, newest + length + 1 + draft_length)
+        last_clean += [newest + length] * draft_length
+        group += [number] * draft_length
+    rows = [torch.tensor([values], device=model.device) for values in (position, last_clean, group)]
+    present = torch.tensor([tokens + [model.mask_token_id] * (len(position) - count)], device=model.device)
+    logits = model.logits(model.hidden_states(present, rows[0], draft_attention_mask(*rows))[0])
+    return logits[newest:count], logits[count:].unflatten(0, (len(lengths), draft_length))
 
 
 @torch.no_grad()

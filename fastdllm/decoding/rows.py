@@ -53,6 +53,10 @@ class Completion:
     """Denoising passes over the whole block."""
     layers_run: int
     """Layers run over all passes of this row."""
+    checked_drafts: int = 0
+    """Policy verified: drafts compared with what the model chooses: of each pass, those up to the first wrong one."""
+    accepted_drafts: int = 0
+    """Those that were right."""
     rows_run: int | None = None
     """Rows computed, each counted once for every layer that it ran through, over all passes; None: not counted."""
 

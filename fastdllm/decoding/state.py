@@ -33,11 +33,13 @@ class Phase(IntEnum):
     """All other layers of that step."""
     REUSE_REST = 9
     """The other layers of that step, with the reused ones left out."""
+    VERIFY = 10
+    """Its drafts, by the token-by-token mode (policy verified)."""
 
 
 COUNTERS = (
     *("prefill_passes", "denoise_passes", "append_passes", "full_passes", "layers_run", "rows_run"),
-    "computed_tokens",
+    *("computed_tokens", "checked_drafts", "accepted_drafts"),
 )
 
 
@@ -46,12 +48,13 @@ NUMBERS = (
     "prompt_length",
     "limit",  # places that prompt and answer may take
     "prefilled",  # places of the prompt in the block cache
-    "start",  # first place of the current block; in AR mode, place of the newest token
+    "start",  # first place of the current block; token by token and if drafts are verified, place of the newest token
     "offset",  # of the current sub-block in the block
     "step",  # denoising steps in this block
     "has_cache",  # 1 if the block's own keys and values were computed
     "guess",  # token with which the next block is guessed to begin
     "num_active",  # active rows of the next sub-block step, if those alone are computed
+    "num_drafts",  # drafts behind the newest token
     "final",  # places whose tokens nothing can change any more
     "seed",
     "draws",  # steps that have drawn random numbers
@@ -138,7 +141,7 @@ def uniform_draws(seed: Tensor, draws: Tensor, count: int) -> Tensor:
 
 
 def _mixed(value: Tensor) -> Tensor:
-    """Scramble int64 numbers; products wrap around."""
-    value = (value ^ (value >> 30)) * -0x40A7B892E31B1A47
-    value = (value ^ (value >> 27)) * -0x6B2FB644ECCEEE15
-    return value ^ (value >> 31)
+    """Scramble int64 numbers; products wrap around, shifts fill up with zeros: copies of the sign would clear it."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        value = (value ^ ((value >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return value

@@ -16,7 +16,7 @@ from fastdllm.decoding.cache import SlotCache
 from fastdllm.decoding.config import DecodeConfig
 from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.operations import PassRows
-from fastdllm.decoding.policies import POLICIES, Proposals
+from fastdllm.decoding.policies import DEFAULT_POLICY, POLICIES, Proposals
 from fastdllm.decoding.reuse import GatedStore, LayerStore, ReuseConfig, make_store, needed_rows
 from fastdllm.decoding.state import Phase, SlotNumbers, SlotState, uniform_draws
 from fastdllm.decoding.tables import DENOISED, FUSED, block_changes, block_roles, by_name, next_steps
@@ -40,7 +40,7 @@ class Steps:
     ):
         self.model, self.state, self.cache, self.forward = model, state, cache, forward
         self.is_diffusion, self.decode, self.reuse = is_diffusion, decode, reuse
-        self.policy = POLICIES[decode.policy]
+        self.policy = POLICIES[decode.policy if is_diffusion else DEFAULT_POLICY]  # token by token it decides nothing
         self._make_tables(stop_ids)
         # constants, each made on the device once
         self._ranges: dict[int, Tensor] = {}
@@ -52,6 +52,11 @@ class Steps:
         if self.is_output:  # what the last full pass gave for each row of the block
             shape = (state.num_slots, model.block_size, width)
             self.kept = torch.zeros(shape, dtype=model.dtype, device=model.device)
+
+    @property
+    def first_phase(self) -> Phase:
+        """The pass that comes after prefill; token by token, and if drafts are verified, every later one too."""
+        return Phase.FULL if self.is_diffusion else Phase.TOKEN
 
     def _make_tables(self, stop_ids: Iterable[int]) -> None:
         model, decode, size = self.model, self.decode, self.model.block_size
@@ -117,7 +122,7 @@ class Steps:
             self.kept[torch.where(is_full, slots, self.state.spare)] = hidden
         # of an appended block, the last row and those of the next block
         rows = self.before[torch.where(is_append, self._number(size), at.offset)]
-        proposals, greedy = self._propose(at, _take(hidden, rows))
+        proposals, greedy = self._propose(at, take_rows(hidden, rows))
         change = at.phase
         if guess is not None:
             last = self._best(hidden[:, size - 1])
@@ -179,7 +184,7 @@ class Steps:
         chosen = (~is_active).flatten().argsort(stable=True)[:num_rows]  # [R], the active ones first
         # one slot's rows are one row of the pass: its keys and values need not be laid out for each of them
         shape = (1, -1) if len(slots) == 1 else (-1, 1)
-        places, _, _, limits = self._sub_block_rows(slots, at, is_served)
+        places, _, _, limits, *_ = self._sub_block_rows(slots, at, is_served)
         places, limits, is_kept = (x.flatten()[chosen].view(shape) for x in (places, limits, is_active))
         owners = slots if len(slots) == 1 else slots[chosen // size]
         hidden = self._run(self._rows(owners, places, is_kept, limits)).flatten(0, 1)  # [R, C]
@@ -375,15 +380,18 @@ class Steps:
 
     def _plan(self, slots: Tensor, at: SlotNumbers, places: Tensor, block: Tensor) -> None:
         """Work out what is final of `block`, which stands at `places`, and each slot's next phase."""
-        ends = places + 1
         if self.is_diffusion:
             is_masked, size = block == self.model.mask_token_id, self.model.block_size
             first = torch.where(is_masked, self._range(size), self._number(size)).amin(1)
             final, phase = at.start + first, self._plan_step(slots, at, block, first)
         else:
-            final, phase = ends[:, 0], self._number(Phase.TOKEN)
+            final, phase = places[:, 0] + 1, self._number(self.first_phase)
+        self._finish(at, places, block, final, phase)
+
+    def _finish(self, at: SlotNumbers, places: Tensor, block: Tensor, final: Tensor, phase: Tensor) -> None:
+        """Note that what stands before `final` [B] is final, and the next phase, unless the answer has ended."""
         is_stop = self.is_stop[block] & (places >= at.prompt_length[:, None])
-        end = torch.where(is_stop, ends, at.limit[:, None]).amin(1)  # the first stop token ends an answer
+        end = torch.where(is_stop, places + 1, at.limit[:, None]).amin(1)  # the first stop token ends an answer
         at.final = final.minimum(end)
         at.phase = torch.where(final < end, phase, self._number(Phase.IDLE))
 
@@ -414,6 +422,6 @@ class Steps:
         return self._ranges[count]
 
 
-def _take(hidden: Tensor, rows: Tensor) -> Tensor:
+def take_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     """Return the rows [B, S] of `hidden` [B, T, C]: [B, S, C]."""
     return hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))

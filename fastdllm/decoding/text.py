@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdllm.checkpoint import Adaptation, load_checkpoint
 from fastdllm.decoding.engine import DecodeConfig, Engine
+from fastdllm.decoding.policies import DEFAULT_THRESHOLD, VERIFIED
 from fastdllm.decoding.reuse import ReuseConfig
 from fastdllm.decoding.rows import Request
 from fastdllm.model import BlockDiffusionLM
@@ -60,9 +61,14 @@ class TextGenerator:
         inert = sorted(set(options) - {"temperature", "top_p"})
         if self.mode == "ar" and inert:
             raise ValueError(f"option {inert[0]!r} has no effect token by token (mode ar); leave it out.")
+        blockwise = sorted({"sub_block_size", "use_block_cache"} & set(options))
+        if options.get("policy") == VERIFIED and blockwise:
+            raise ValueError(f"option {blockwise[0]!r} has no effect in policy verified; leave it out.")
         reuse_names = {field.name for field in dataclasses.fields(ReuseConfig)}
         reuse = ReuseConfig(**{name: value for name, value in options.items() if name in reuse_names})
         decode = {name: value for name, value in options.items() if name not in reuse_names}
+        if decode.get("policy", "threshold") != "threshold":  # which does not read the remembered threshold
+            decode = {"threshold": DEFAULT_THRESHOLD, **decode}
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids

@@ -8,7 +8,7 @@ import torch
 
 from fastdllm.checkpoint import Checkpoint
 from fastdllm.decoding.config import DecodeConfig
-from fastdllm.decoding.policies import PolicyName
+from fastdllm.decoding.policies import VERIFIED, PolicyName
 from fastdllm.decoding.quantized import WeightFormat
 from fastdllm.decoding.reuse import ActiveRows, ReuseConfig, ReuseMode, Schedule
 from fastdllm.runtime import get_optimal_dtype
@@ -42,11 +42,15 @@ class HarnessArguments:
     threshold: float = 0.9
     """Confidence in (0, 1] above which a proposal is accepted."""
     policy: PolicyName = "threshold"
-    """Which proposals are accepted."""
+    """Which proposals are accepted; verified: those that the model chooses token by token."""
     policy_parameter: float = 0.0
     """The number of policies other than threshold; 0: the policy's default."""
     fuse_append: bool = False
     """Compute the next block's first step together with the append."""
+    draft_length: int = 8
+    """Policy verified: drafts of a pass; 0: chosen while decoding."""
+    draft_groups: str = "all"
+    """Policy verified: numbers of accepted drafts for which the next are made: all, or joined by + such as 0+4+8."""
     weight_format: WeightFormat = "model"
     """int8, float8: one byte a weight."""
     reuse_k: int = 1
@@ -87,6 +91,8 @@ class HarnessArguments:
             threshold=self.threshold,
             policy_parameter=self.policy_parameter,
             fuse_append=self.fuse_append,
+            draft_length=self.draft_length,
+            draft_groups=self.draft_groups.replace("+", ","),
             weight_format=self.weight_format,
             use_block_cache=self.use_block_cache,
             temperature=self.temperature,
@@ -124,6 +130,11 @@ def parse_arguments(arguments: dict[str, Any]) -> HarnessArguments:
             raise ValueError(f"unknown model argument {name}; {hint}")
     if arguments.get("layer_subset", "") is None:  # the seed study's spelling of its default
         arguments = {**arguments, "layer_subset": "first"}
+    inert = sorted({"small_block_size", "use_block_cache"} & arguments.keys())
+    if arguments.get("policy") == VERIFIED and inert:
+        raise ValueError(
+            f"model argument {inert[0]} does nothing with policy {VERIFIED}, which has no blocks; leave it out."
+        )
     typed = {name: _typed(name, value) for name, value in arguments.items()}
     return HarnessArguments(**typed)
 

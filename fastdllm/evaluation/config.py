@@ -36,6 +36,8 @@ class AxesConfig:
     """As `subset`."""
     reuse_mode: list[ReuseMode] = field(default_factory=list)
     """As `reuse_mode`."""
+    draft_length: list[int] = field(default_factory=list)
+    """Policy verified: drafts of a pass; 0: chosen while decoding."""
     budget: list[float] = field(default_factory=list)
     """As `budget`, for schedule adaptive."""
     active_rows: list[ActiveRows] = field(default_factory=list)

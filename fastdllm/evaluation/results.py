@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fastdllm.decoding.policies import VERIFIED
 from fastdllm.evaluation.scoring import wilson_interval
 from fastdllm.runtime import write_text
 
@@ -179,6 +180,9 @@ def describe_decoding(row: Row) -> str:
         return f"log-likelihood, {row['likelihood']}"
     if row["mode"] == "ar":
         return "AR, token by token" if row["engine"] == "fastdllm" else f"AR, {row['engine']}"
+    if row["policy"] == VERIFIED:
+        length, groups = (row["config"][name] for name in ("draft_length", "draft_groups"))
+        return f"verified, {length or 'chosen'} drafts" + (f", groups {groups}" if groups != "all" else "")
     parts = [f"threshold {row['threshold']}" if row["policy"] == "threshold" else _policy(row)]
     if row["reuse_k"] == 1:
         parts.append("k1 (no reuse)")

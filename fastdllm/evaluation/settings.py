@@ -10,8 +10,8 @@ import torch
 
 from fastdllm.checkpoint import Adaptation, Checkpoint, open_checkpoint
 from fastdllm.cli import flatten, to_dict
-from fastdllm.decoding.engine import DecodeConfig, check_decoding
-from fastdllm.decoding.policies import DEFAULT_THRESHOLD, resolve_parameter
+from fastdllm.decoding.config import DecodeConfig, check_decoding
+from fastdllm.decoding.policies import DEFAULT_THRESHOLD, VERIFIED, resolve_parameter
 from fastdllm.decoding.reuse import layer_subset
 from fastdllm.evaluation.arguments import parse_arguments, pick_dtype, resolve_mode, unused_by_likelihood
 from fastdllm.evaluation.config import AxesConfig, EvaluateConfig, given, varied
@@ -80,12 +80,14 @@ def _make_plan(config: EvaluateConfig) -> Plan:
 def _check_cell(cell: Cell, checkpoint: Checkpoint) -> None:
     """Raise ValueError for what the engine would refuse when the cell runs."""
     arguments = parse_arguments(harness_arguments(cell.settings))
+    adaptation = checkpoint.adaptation or Adaptation()
     check_decoding(
         cell.settings["mode"],
         arguments.decode,
         arguments.reuse,
-        block_size=(checkpoint.adaptation or Adaptation()).block_size,
+        block_size=adaptation.block_size,
         num_layers=checkpoint.config.num_hidden_layers,
+        context_attention=adaptation.context_attention,
     )
 
 
@@ -198,9 +200,9 @@ def resolve_settings(
 
 
 def _policy_parameter(policy: str, decode: DecodeConfig) -> float | None:
-    """Return the parameter of a policy other than threshold: the one given with decode.policy, else its default."""
+    """Return a policy's parameter: that given with decode.policy, else its default; None for those without one here."""
     parameter = decode.policy_parameter if policy == decode.policy else 0.0
-    return None if policy == "threshold" else float(resolve_parameter(policy, DEFAULT_THRESHOLD, parameter))
+    return None if policy in ("threshold", VERIFIED) else float(resolve_parameter(policy, DEFAULT_THRESHOLD, parameter))
 
 
 def canonical_subset(subset: str, num_layers: int) -> str:
@@ -216,13 +218,13 @@ def harness_arguments(settings: Settings) -> dict[str, Any]:
         **{name: name for name in ("mode", "engine", "prompt", "device", "dtype", "seed", "batch_size")},
         **{name: name for name in ("threshold", "reuse_k", "reuse_mode", "use_block_cache", "temperature", "top_p")},
         **{name: name for name in ("policy", "policy_parameter", "fuse_append", "weight_format")},
-        **{name: name for name in ("schedule", "budget", "active_rows")},
+        **{name: name for name in ("schedule", "budget", "active_rows", "draft_length", "draft_groups")},
         "sub_block_size": "small_block_size",
         "subset": "layer_subset",
     }
     arguments = {theirs: settings[ours] for ours, theirs in names.items() if settings[ours] is not None}
     if settings["max_new_tokens"]:
         arguments["max_new_tokens"] = settings["max_new_tokens"]
-    if "layer_subset" in arguments:
-        arguments["layer_subset"] = arguments["layer_subset"].replace(",", "+")
+    for name in {"layer_subset", "draft_groups"} & arguments.keys():
+        arguments[name] = arguments[name].replace(",", "+")
     return arguments

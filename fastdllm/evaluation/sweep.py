@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdllm.decoding.policies import VERIFIED
 from fastdllm.evaluation.results import Row, read_row, write_row
 from fastdllm.runtime import lock_file
 
 Settings = dict[str, Any]
 GRID = {"reuse_k": [1, 2, 3], "subset": ["first", "middle", "last"]}
 IN_ROWS = ("policy", "threshold", "sub_block_size", "use_block_cache", "reuse_k", "subset", "reuse_mode")
-DIFFUSION_ONLY = (*IN_ROWS, "policy_parameter", "fuse_append", "schedule", "budget", "active_rows")
+DRAFTS = ("draft_length", "draft_groups")
+DIFFUSION_ONLY = (*IN_ROWS, *DRAFTS, "policy_parameter", "fuse_append", "schedule", "budget", "active_rows")
 GENERATION_ONLY = ("policy", "threshold", "sub_block_size", "use_block_cache")
 ROW_SETTINGS = ("label", "engine", "task", "mode", *IN_ROWS, "batch_size")  # also fields of a row
 # What a cell's name leaves out when it has this value; everything else in the settings is spelt in the name.
@@ -29,6 +31,8 @@ USUAL = {
     "threshold": 0.9,
     "policy_parameter": None,
     "fuse_append": False,
+    "draft_length": 8,
+    "draft_groups": "all",
     "weight_format": "model",
     "reuse_mode": "output",
     "active_rows": "all",
@@ -47,6 +51,7 @@ USUAL = {
 }
 # Settings that a digest holds only where they are unusual: it was taken without them before they existed.
 UNHASHED = {"schedule": "fixed", "budget": None, "active_rows": "all", "weight_format": "model", "repeat": 1}
+UNHASHED |= {"draft_length": 8, "draft_groups": "all"}
 # Settings that rows from before them lack, with what was measured then.
 ADDED = {"policy_parameter": None, "fuse_append": False, **UNHASHED}
 
@@ -102,6 +107,8 @@ def make_cell(settings: Mapping[str, Any]) -> Cell:
         canonical.update(_canonical_reuse(canonical))
     if canonical["policy"] != "threshold":
         canonical["threshold"] = None
+    if canonical["policy"] != VERIFIED:
+        canonical.update(dict.fromkeys(DRAFTS))
     if canonical["temperature"] == 0:
         canonical.update(top_p=None, seed=None)
     is_shared = canonical["reuse_k"] == 1
@@ -110,8 +117,11 @@ def make_cell(settings: Mapping[str, Any]) -> Cell:
 
 
 def _canonical_reuse(settings: Settings) -> Settings:
-    """Return the settings of reuse that stand for the given ones in diffusion."""
+    """Return the settings of reuse, and of what it needs, that stand for the given ones in diffusion."""
     nothing = {"budget": None, "subset": None, "reuse_mode": None}
+    if settings["policy"] == VERIFIED:  # has no blocks, so none of what belongs to them
+        unused = dict.fromkeys(("active_rows", "sub_block_size", "use_block_cache", "fuse_append", "policy_parameter"))
+        return {**nothing, **unused, "schedule": "fixed", "reuse_k": 1}
     if not settings["use_block_cache"]:
         return {**nothing, "schedule": "fixed", "reuse_k": 1, "active_rows": None}
     if settings["schedule"] == "adaptive":

@@ -233,9 +233,11 @@ def test_an_append_fused_with_the_next_step_gives_the_same_tokens_in_fewer_passe
     )
     calls = model.layer_calls
     fused = sorted(engine.run(requests), key=lambda completion: completion.index)
-    for ours, expected in zip(fused, plain, strict=True):
-        assert ours.tokens == expected.tokens
-        assert ours.denoise_passes == expected.denoise_passes and ours.append_passes == expected.append_passes
+    for ours, expected, prompt in zip(fused, plain, prompts, strict=True):
+        assert ours.tokens == expected.tokens and ours.append_passes == expected.append_passes
+        # an answer that ends with the append's own token, a block's first, leaves the step behind it unused
+        is_unused = (len(prompt) + len(ours.tokens)) % model.block_size == 1
+        assert ours.denoise_passes - expected.denoise_passes in ((0, 1) if is_unused else (0,))
     saved = sum(expected.layers_run - ours.layers_run for ours, expected in zip(fused, plain, strict=True))
     assert saved > 0 and saved % model.num_layers == 0 and model.layer_calls > calls
 

@@ -125,3 +125,16 @@ def test_a_cache_longer_than_the_rotary_table_is_refused():
     with pytest.raises(ValueError, match="max_position_embeddings is 512"):
         tokens, *rows = make_rows(1, 1)
         FusedForward(model)(tokens, PassRows(*rows), SlotCache(model, SLOTS, 513))
+
+
+@pytest.mark.parametrize(
+    "place", ["model.layers.1.mlp.up_proj", "model.layers.0.self_attn.o_proj", "model.embed_tokens"]
+)
+def test_a_model_whose_layers_are_not_plain_is_refused(place):
+    class Gated(type(make_model().qwen.get_submodule(place))):
+        pass
+
+    model = make_model()
+    model.qwen.get_submodule(place).__class__ = Gated
+    with pytest.raises(ValueError, match="merges plain linear layers.*is_fused false"):
+        FusedForward(model)

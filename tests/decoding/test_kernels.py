@@ -202,9 +202,39 @@ def test_attention_in_slots_equals_plain_attention(B, T, H, G, capacity, dtype):
     limits[0, 0] = capacity
     limits[-1, -1] = 0 if B * T > 1 else capacity
     limits = limits.to(DEVICE)
-    found = Kernels().attend_slots(query, keys, values, slots, limits)
-    assert_close(found, operations.attend_slots(query, keys, values, slots, limits), **TOLERANCE[dtype])
+    rows = rows_that_see(slots, limits)
+    found = Kernels().attend_slots(query, keys, values, rows)
+    assert_close(found, operations.attend_slots(query, keys, values, rows), **TOLERANCE[dtype])
     assert bool((found[limits == 0] == 0).all())
+
+
+def rows_that_see(slots, limits, *own):
+    return PassRows(limits, limits, slots, limits, *own)  # positions and places do not matter to attention
+
+
+@kernels_on
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("B", "K", "groups", "H", "G"), [(1, 4, 5, 4, 2), (2, 3, 1, 6, 2), (3, 16, 3, 4, 1), (70, 2, 3, 4, 2)]
+)
+@pytest.mark.parametrize("places", [16, 128])
+def test_rows_with_places_of_their_own_see_them_too(B, K, groups, H, G, places, dtype):
+    generator = torch.Generator().manual_seed(0)
+    T, capacity, scratch = 1 + K + groups * K, 150, groups * K
+    query = draw(B, T, H, 16, dtype=dtype)
+    keys, values = (draw(B, G, capacity + scratch + 1, 16, dtype=dtype, seed=seed) for seed in (1, 2))
+    limits = torch.randint(0, capacity + 1, (B, T), generator=generator)
+    limits[0, -1] = 0  # sees its group alone
+    first = torch.cat([torch.zeros(1 + K, dtype=torch.int64), capacity + torch.arange(scratch) // K * K])
+    end = torch.where(first > 0, first + K, 0)
+    own = (tensor.expand(B, -1).contiguous().to(DEVICE) for tensor in (first, end))
+    rows = rows_that_see(torch.arange(B, device=DEVICE), limits.to(DEVICE), *own)
+    found = Kernels(settings=Settings(attend_places=places)).attend_slots(query, keys, values, rows)
+    assert_close(found, operations.attend_slots(query, keys, values, rows), **TOLERANCE[dtype])
+    alone = values[0, :, capacity + scratch - K : capacity + scratch].float().mean(1)  # equal weights, to compare with
+    query[0, -1] = 0.0
+    found = Kernels().attend_slots(query, keys, values, rows)[0, -1].view(G, H // G, 16).float()
+    assert_close(found, alone[:, None].expand_as(found), **TOLERANCE[dtype])
 
 
 @kernels_on
@@ -212,14 +242,14 @@ def test_attention_in_slots_equals_plain_attention(B, T, H, G, capacity, dtype):
 def test_a_head_size_without_tiles_is_refused(E):
     slots, limits = torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match=f"head size of 16, 32, 64, ..., got {E}"):
-        Kernels().attend_slots(draw(1, 1, 2, E), draw(1, 1, 4, E), draw(1, 1, 4, E), slots, limits)
+        Kernels().attend_slots(draw(1, 1, 2, E), draw(1, 1, 4, E), draw(1, 1, 4, E), rows_that_see(slots, limits))
 
 
 @kernels_on
 def test_large_scores_do_not_overflow():
     query, limits = draw(1, 2, 4, 16, scale=200.0), torch.full((1, 2), 200, device=DEVICE)
     keys, values = (draw(1, 2, 200, 16, seed=seed) for seed in (1, 2))
-    arguments = (query, keys, values, torch.zeros(1, dtype=torch.int64, device=DEVICE), limits)
+    arguments = (query, keys, values, rows_that_see(torch.zeros(1, dtype=torch.int64, device=DEVICE), limits))
     assert_close(Kernels().attend_slots(*arguments), operations.attend_slots(*arguments), atol=1e-3, rtol=1e-3)
 
 

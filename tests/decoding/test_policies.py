@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from fastdllm.decoding.policies import (
     POLICIES,
+    VERIFIED,
     PolicyName,
     Proposals,
     accept_by_threshold,
@@ -308,7 +309,11 @@ def test_a_parameter_out_of_range_is_refused_with_a_way_out():
         ("margin", 2.0): "decode.policy_parameter of policy margin must be in (0, 1], got 2.0; try 0.8.",
         ("factor", 0.0): "decode.policy_parameter of policy factor must be above 0, got 0.0; try 1.",
         ("fixed", 2.5): "decode.policy_parameter of policy fixed must be a whole number above 0, got 2.5; try 2.",
-        ("best", 1.0): "decode.policy must be one of threshold, factor, profile, entropy, margin, fixed, got 'best'.",
+        ("verified", 1.0): "policy verified has no parameter, got 1.0; leave it out",
+        (
+            "best",
+            1.0,
+        ): "decode.policy must be one of threshold, factor, profile, entropy, margin, fixed, verified, got 'best'.",
     }
     for (name, value), message in refused.items():
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -316,7 +321,8 @@ def test_a_parameter_out_of_range_is_refused_with_a_way_out():
 
 
 def test_each_policy_reads_its_own_option_and_refuses_the_other():
-    assert get_args(PolicyName) == tuple(POLICIES)
+    assert get_args(PolicyName) == (*POLICIES, VERIFIED)
+    assert resolve_parameter(VERIFIED, 0.9, 0.0) == 0.0
     assert resolve_parameter("threshold", 0.8, 0.0) == 0.8
     assert resolve_parameter("profile", 0.9, 0.0) == 0.75
     assert resolve_parameter("profile", 0.9, 0.5) == 0.5

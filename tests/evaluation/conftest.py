@@ -63,6 +63,13 @@ def adapted(project, byte_tokenizer):
 
 
 @pytest.fixture
+def causal(project, byte_tokenizer):
+    """An export whose context attends token by token, the newest one."""
+    adaptation = Adaptation(task="toy_problems", context_attention="causal")
+    return _save(project / "runs" / "causal" / "export", byte_tokenizer, adaptation)
+
+
+@pytest.fixture
 def plain(project, byte_tokenizer):
     """An autoregressive checkpoint with random weights."""
     return _save(project / "plain", byte_tokenizer, None)

@@ -147,6 +147,7 @@ def test_sampling_tasks_and_unknown_options_are_errors(adapted):
     [
         {"reuse_k": 2, "use_block_cache": True},
         {"policy": "fixed"},
+        {"draft_length": 4, "policy": "verified"},
         {"threshold": 0.8},
         {"fuse_append": True},
         {"small_block_size": 16},

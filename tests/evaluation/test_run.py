@@ -186,3 +186,24 @@ def test_another_policy_reaches_the_engine_and_names_its_row(adapted, project, c
     assert one["denoise_passes"] > row["denoise_passes"]
     with pytest.raises(ValueError, match="threshold 0.5 does nothing with decode.policy fixed"):
         EvaluateConfig(threshold=0.5, decode=decode)
+
+
+def test_verified_answers_are_those_of_mode_ar_problem_by_problem(causal, project, capsys):
+    decode = DecodeConfig(policy="verified", draft_length=4, draft_groups="0,4")
+    (ours,) = evaluate(EvaluateConfig(checkpoint=causal, decode=decode, max_new_tokens=24))
+    assert "verified, 4 drafts, groups 0,4" in capsys.readouterr().out
+    (theirs,) = evaluate(EvaluateConfig(checkpoint=causal, mode="ar", max_new_tokens=24))
+    assert (ours["policy"], ours["threshold"], ours["use_block_cache"], ours["append_passes"]) == (
+        "verified",
+        *[None] * 2,
+        0,
+    )
+    texts = [
+        [
+            json.loads(line)["response"]
+            for line in (project / "runs/causal/samples" / f"{row['cell']}.samples.jsonl").open()
+        ]
+        for row in (ours, theirs)
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 4
+    assert ours["denoise_passes"] <= theirs["denoise_passes"]

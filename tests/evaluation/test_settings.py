@@ -90,6 +90,8 @@ def test_adaptive_reuse_and_active_rows_name_their_cells(adapted):
         ({"axes": AxesConfig(sub_block_size=[8, 12])}, "sub_block_size must divide the block size.*got 12"),
         ({"axes": AxesConfig(subset=["first"])}, "subset first: without effect in any cell"),
         ({"axes": AxesConfig(policy=["factor"], threshold=[0.5])}, "threshold 0.5: without effect"),
+        ({"axes": AxesConfig(policy=["verified"])}, "context attends causally, got context_attention block"),
+        ({"axes": AxesConfig(draft_length=[4])}, "draft_length 4: without effect in any cell"),
         ({"axes": AxesConfig(budget=[0.1])}, "budget 0.1: without effect"),
         ({"budget": 0.1, "axes": AxesConfig(batch_size=[1])}, "budget 0.1: without effect"),
         ({"active_rows": "needed", "axes": AxesConfig(reuse_k=[2, 3])}, "active_rows needed: without effect"),
@@ -103,6 +105,23 @@ def test_adaptive_reuse_and_active_rows_name_their_cells(adapted):
 def test_values_that_cannot_be_or_change_nothing_are_refused_before_anything_runs(adapted, changes, message):
     with pytest.raises(ValueError, match=message):
         cells(**changes)
+
+
+def test_what_belongs_to_blocks_is_refused_where_drafts_are_verified(causal):
+    verified = DecodeConfig(policy="verified")
+    made = cells(decode=verified, axes=AxesConfig(draft_length=[0, 4, 8]))
+    assert [one.settings["draft_length"] for one in made] == [0, 4, 8]
+    assert "policy=verified-draft_length=4" in made[1].name and "draft_length" not in made[2].name
+    for changes, message in (
+        ({"reuse_k": 2}, "reuse_k 2: without effect"),
+        ({"grid": True}, "reuse_k 2, .*without effect"),
+        ({"decode": dataclasses.replace(verified, sub_block_size=4)}, "sub_block_size 4: without effect"),
+        ({"decode": dataclasses.replace(verified, use_block_cache=False)}, "use_block_cache False: without effect"),
+        ({"active_rows": "needed"}, "active_rows needed: without effect"),
+        ({"axes": AxesConfig(draft_length=[65])}, "draft_length must be 1 to 64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cells(**{"decode": verified, **changes})
 
 
 def test_several_checkpoints_follow_one_another_and_the_plain_one_is_one_cell(adapted, plain):

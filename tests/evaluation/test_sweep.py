@@ -43,6 +43,10 @@ def test_cells_that_mean_the_same_are_one():
     assert cell(use_block_cache=False) == cell(use_block_cache=False, reuse_k=3, subset="last", reuse_mode="attn")
     assert cell(use_block_cache=False) == cell(use_block_cache=False, schedule="adaptive", budget=0.1)
     assert cell(use_block_cache=False) == cell(use_block_cache=False, active_rows="needed")
+    verified = cell(policy="verified")
+    assert verified == cell(policy="verified", threshold=0.5, sub_block_size=4, use_block_cache=False, fuse_append=True)
+    assert verified == cell(policy="verified", reuse_k=3, subset="last") != cell(policy="verified", draft_length=4)
+    assert cell(draft_length=4, draft_groups="0") == cell()
     assert cell(reuse_k=2) == cell(reuse_k=2, active_rows="needed") == cell(reuse_k=2, budget=0.3)
     adaptive = {"schedule": "adaptive", "budget": 0.1, "reuse_mode": "delta"}
     assert cell(**adaptive) == cell(**adaptive, reuse_k=3, active_rows="needed") != cell(**{**adaptive, "budget": 0.2})
@@ -56,11 +60,13 @@ def test_every_setting_that_differs_shows_in_the_name():
         "policy_parameter": 0.4, "fuse_append": True, "schedule": "adaptive", "active_rows": "needed", "repeat": 2,
         "weight_format": "int8",
     }  # fmt: skip
-    assert {*other, "subset", "reuse_mode", "top_p", "seed", "budget"} == set(SETTINGS)
+    drafts = {"draft_length": 4, "draft_groups": "0,8"}
+    assert {*other, *drafts, "subset", "reuse_mode", "top_p", "seed", "budget"} == set(SETTINGS)
     assert cell(seed=1) == cell()  # greedy decoding draws nothing
     names = [cell(**{key: value}).name for key, value in other.items()]
     names += [cell().name, cell(reuse_k=2, subset="last").name, cell(reuse_k=2, subset="1,2").name]
     names += [cell(reuse_k=2, reuse_mode="delta").name, cell(temperature=0.5, top_p=0.5).name]
+    names += [cell(policy="verified").name] + [cell(policy="verified", **{k: v}).name for k, v in drafts.items()]
     names += [cell(temperature=0.5, seed=1).name, cell(schedule="adaptive", budget=0.1).name]
     assert len(set(names)) == len(names)
     assert cell(threshold=0.8, limit=200).name == "tiny-toy-k1-threshold=0.8-limit=200"
