@@ -80,7 +80,7 @@ class FusedForward:
         model's, the matrices of the layers and the head are copies, one byte a weight; embeddings stay as they are.
 
         Raises:
-            ValueError: the kernels cannot read the format on this GPU, or the model's layers are not plain (`can_fuse`).
+            ValueError: kernels cannot read the format on this GPU, or the model's layers are not plain (`can_fuse`).
         """
         check_format(weight_format, model.device)
         if not can_fuse(model):
