@@ -56,6 +56,13 @@ class ChosenRows(NamedTuple):
     """What they attend to: [B, 1, T, S] bool or BlockMask."""
 
 
+class RowGate:
+    """Says on which rows of the present pass an adapter acts; holds until the next one, through the backward pass."""
+
+    rows: Tensor | bool = False
+    """[B, T, 1] bool; or all rows (True), or none (False), which costs nothing."""
+
+
 class BlockDiffusionLM(nn.Module):
     """Owns a Qwen2ForCausalLM and runs it layer by layer, always with an explicit attention mask and positions."""
 
@@ -74,6 +81,7 @@ class BlockDiffusionLM(nn.Module):
         self.context_attention = context_attention
         self.num_layers = qwen.config.num_hidden_layers
         self.run_last_layer = run_last_layer  # training puts its form here
+        self.gate: RowGate | None = None  # of a gated adapter (adapter.py), which acts on mask rows alone
         self.layer_calls = 0  # layers really run since construction; reuse that skips nothing would show here
         AttentionInterface.register(ATTENTION_NAME, _attention)
         qwen.set_attn_implementation(ATTENTION_NAME)
@@ -109,7 +117,12 @@ class BlockDiffusionLM(nn.Module):
         return self.norm(self.run_layers(layers, hidden, rotary, attention_mask, cache, reuse, chosen))
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the first layer's input [B, T, C] and the rotary angles' cosines and sines, [B, T, E] each."""
+        """Return the first layer's input [B, T, C] and the rotary angles' cosines and sines, [B, T, E] each.
+
+        A pass begins here, so a gated adapter learns here which rows are its own.
+        """
+        if self.gate is not None:
+            self.gate.rows = (tokens == self.mask_token_id)[..., None]
         hidden = self.qwen.model.embed_tokens(tokens)
         if torch.is_autocast_enabled(hidden.device.type):  # keep the residual stream in the compute dtype
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))

@@ -21,7 +21,7 @@ ORDER = (
 DOORS = {
     "lightning": ("training/", "data/datamodule.py"),
     "deepspeed": ("training/strategies.py",),
-    "peft": ("training/lora.py",),
+    "peft": ("training/lora.py", "adapter.py"),
     "lm_eval": ("evaluation/harness.py",),
     "transformers": ("model.py", "checkpoint.py", "data/", "decoding/"),  # decoding: the tokenizer's type alone
     "tokenizers": ("checkpoint.py", "data/fresh.py"),
