@@ -13,7 +13,8 @@ from fastdllm.decoding.rows import Completion, Request
 from fastdllm.runtime import device_name, peak_flops
 from fastdllm.training.clock import Clock
 from fastdllm.training.faults import is_skipped
-from fastdllm.training.module import COUNTERS, AdaptModule, Meter, add_over_processes, learning_rate_factor
+from fastdllm.training.meter import Meter, add_over_processes
+from fastdllm.training.module import COUNTERS, AdaptModule, learning_rate_factor
 from fastdllm.training.strategies import deepspeed_gradient_norm
 
 

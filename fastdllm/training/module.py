@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -29,10 +29,9 @@ from fastdllm.objective import (
     token_losses,
 )
 from fastdllm.training.lora import frozen_checksum
+from fastdllm.training.meter import Meter, Scores, add_over_processes
 from fastdllm.training.strategies import clip_gradients, gather_whole_layers, shard
 
-NUM_NOISE_BINS = 10
-NEXT_TOKEN_BIN = NUM_NOISE_BINS  # targets of the autoregressive loss have no noise level
 COUNTERS = ("tokens", "rows", "operations", "empty_rows")
 WARMUP_MICRO_BATCHES = 2
 BACKWARD_AND_FORWARD = 3  # the backward pass costs two forward passes: gradients of the inputs and of the weights
@@ -87,22 +86,6 @@ def learning_rate_factor(step: int, max_steps: int, config: OptimizerConfig) -> 
     return config.min_ratio + (1 - config.min_ratio) * cosine
 
 
-class Scores(NamedTuple):
-    """What a training pass gives: M rows that predict something, filled up with ones of weight 0, and their cost."""
-
-    total: Tensor
-    """float32 []: the losses times their weights, summed; what has a gradient."""
-    loss: Tensor
-    """[M] float32, in nats."""
-    is_correct: Tensor
-    """[M] bool."""
-    targets: Targets
-    """Each [M]."""
-    size: PassSize
-    num_empty_rows: Tensor
-    """int64 []: rows computed that hold nothing, at the ends of samples."""
-
-
 class TrainingPass(nn.Module):
     """One forward pass of the objective; a module of its own because sharding gathers weights around `forward`."""
 
@@ -153,63 +136,6 @@ class TrainingPass(nn.Module):
         if shape not in self._builders:
             self._builders[shape] = BlockMaskBuilder(*shape, self.objective.block_size, self._context, device)
         return self._builders[shape].build(rows, queries)
-
-
-class Meter:
-    """Sums of loss, correct predictions and targets by noise level over some batches, on the device in float64.
-
-    A clean row that predicts its next token for both reasons (first_token clean, ar_loss_weight) counts by noise level.
-    """
-
-    def __init__(self, device: torch.device, num_steps: int = 1):
-        self.num_steps = torch.tensor(num_steps, device=device)  # whose losses `objective` adds up
-        self.sums = torch.zeros(3 * (NUM_NOISE_BINS + 1) + 2, dtype=torch.float64, device=device)
-        self.bins = self.sums[:-2].view(-1, 3)  # loss, correct, targets
-        self.objective, self.num_tokens = self.sums[-2:]
-
-    def add(self, scores: Scores, objective: Tensor, num_tokens: Tensor) -> None:
-        """Count a micro-batch; `objective` [] is its part of the step's loss, before any scaling for averages."""
-        level = scores.targets.noise_level
-        index = (level.nan_to_num(0.0) * NUM_NOISE_BINS).long().clamp(max=NUM_NOISE_BINS - 1)
-        index = torch.where(level.isnan(), NEXT_TOKEN_BIN, index)
-        member = nn.functional.one_hot(index, NUM_NOISE_BINS + 1).double()  # [M, bins]; a product has a fixed order
-        member *= (scores.targets.weight > 0)[:, None]
-        values = torch.stack([scores.loss.detach(), scores.is_correct, torch.ones_like(scores.loss)], dim=1).double()
-        self.bins += member.T @ values
-        self.objective += objective.detach()
-        self.num_tokens += num_tokens.sum()
-
-    def add_step(self, step: "Meter", is_skipped: Tensor) -> None:
-        """Count what another meter counted in one optimizer step, unless `is_skipped`, bool []."""
-        self.num_steps += ~is_skipped
-        self.sums += torch.where(is_skipped, 0.0, step.sums)  # not a product: the sums may hold NaN
-
-    def read(self) -> dict[str, float]:
-        """Return means over the steps and all processes, which must all call this; what is empty is left out."""
-        *flat, objective, num_tokens = add_over_processes(self.sums).tolist()
-        num_steps = int(self.num_steps)
-        bins = [flat[start : start + 3] for start in range(0, len(flat), 3)]
-        noised = [sum(column) for column in zip(*bins[:NUM_NOISE_BINS], strict=True)]
-        values = {"loss": objective / num_steps} if num_steps else {}
-        if noised[2]:
-            values |= {"masked_accuracy": noised[1] / noised[2], "masked_fraction": noised[2] / (2 * num_tokens)}
-        if bins[NEXT_TOKEN_BIN][2]:
-            loss, correct, count = bins[NEXT_TOKEN_BIN]
-            values |= {"next_token_loss": loss / count, "next_token_accuracy": correct / count}
-        for number, (loss, correct, count) in enumerate(bins[:NUM_NOISE_BINS]):
-            if count:
-                name = f"{number / NUM_NOISE_BINS:.1f}-{(number + 1) / NUM_NOISE_BINS:.1f}"
-                values |= {f"loss_by_noise/{name}": loss / count, f"accuracy_by_noise/{name}": correct / count}
-        return values
-
-
-def add_over_processes(values: Tensor) -> Tensor:
-    """Return the element-wise sum over all processes; with one process, `values`."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    total = values.clone()
-    torch.distributed.all_reduce(total)
-    return total
 
 
 class AdaptModule(LightningModule):

@@ -8,7 +8,8 @@ import torch
 
 from fastdllm.model import PassSize
 from fastdllm.objective import Targets
-from fastdllm.training.module import Meter, OptimizerConfig, Scores, learning_rate_factor
+from fastdllm.training.meter import Meter, Scores
+from fastdllm.training.module import OptimizerConfig, learning_rate_factor
 from fastdllm.training.strategies import clip_gradients
 
 
