@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "fastdllm"
 ORDER = (
     ("cli", "runtime", "masks", "config_json", "gguf"),
     ("objective", "model"),
+    ("draft",),
     ("adapter",),
     ("checkpoint",),
     ("data", "decoding"),

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdllm.model import PassSize
 from fastdllm.objective import Targets
 
 NUM_NOISE_BINS = 10
@@ -23,9 +22,12 @@ class Scores(NamedTuple):
     """[M] bool."""
     targets: Targets
     """Each [M]."""
-    size: PassSize
+    num_rows: int
+    """Rows through the layers, over all samples."""
+    operations: int | Tensor
+    """Floating-point operations of the pass and its backward pass."""
     num_empty_rows: Tensor
-    """int64 []: rows computed that hold nothing, at the ends of samples."""
+    """int64 []: rows computed that hold nothing, at the ends of samples; rows of windows that predict nothing."""
 
 
 class Meter:
@@ -34,18 +36,17 @@ class Meter:
     A clean row that predicts its next token for both reasons (first_token clean, ar_loss_weight) counts by noise level.
     """
 
+    num_bins = NUM_NOISE_BINS + 1
+
     def __init__(self, device: torch.device, num_steps: int = 1):
         self.num_steps = torch.tensor(num_steps, device=device)  # whose losses `objective` adds up
-        self.sums = torch.zeros(3 * (NUM_NOISE_BINS + 1) + 2, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3 * self.num_bins + 2, dtype=torch.float64, device=device)
         self.bins = self.sums[:-2].view(-1, 3)  # loss, correct, targets
         self.objective, self.num_tokens = self.sums[-2:]
 
     def add(self, scores: Scores, objective: Tensor, num_tokens: Tensor) -> None:
         """Count a micro-batch; `objective` [] is its part of the step's loss, before any scaling for averages."""
-        level = scores.targets.noise_level
-        index = (level.nan_to_num(0.0) * NUM_NOISE_BINS).long().clamp(max=NUM_NOISE_BINS - 1)
-        index = torch.where(level.isnan(), NEXT_TOKEN_BIN, index)
-        member = nn.functional.one_hot(index, NUM_NOISE_BINS + 1).double()  # [M, bins]; a product has a fixed order
+        member = nn.functional.one_hot(self._bin_of(scores), self.num_bins).double()  # [M, bins]; products keep order
         member *= (scores.targets.weight > 0)[:, None]
         values = torch.stack([scores.loss.detach(), scores.is_correct, torch.ones_like(scores.loss)], dim=1).double()
         self.bins += member.T @ values
@@ -62,8 +63,15 @@ class Meter:
         *flat, objective, num_tokens = add_over_processes(self.sums).tolist()
         num_steps = int(self.num_steps)
         bins = [flat[start : start + 3] for start in range(0, len(flat), 3)]
-        noised = [sum(column) for column in zip(*bins[:NUM_NOISE_BINS], strict=True)]
-        values = {"loss": objective / num_steps} if num_steps else {}
+        return ({"loss": objective / num_steps} if num_steps else {}) | self._values(bins, num_tokens)
+
+    def _bin_of(self, scores: Scores) -> Tensor:
+        level = scores.targets.noise_level
+        index = (level.nan_to_num(0.0) * NUM_NOISE_BINS).long().clamp(max=NUM_NOISE_BINS - 1)
+        return torch.where(level.isnan(), NEXT_TOKEN_BIN, index)
+
+    def _values(self, bins: list[list[float]], num_tokens: float) -> dict[str, float]:
+        noised, values = [sum(column) for column in zip(*bins[:NUM_NOISE_BINS], strict=True)], {}
         if noised[2]:
             values |= {"masked_accuracy": noised[1] / noised[2], "masked_fraction": noised[2] / (2 * num_tokens)}
         if bins[NEXT_TOKEN_BIN][2]:
@@ -73,6 +81,36 @@ class Meter:
             if count:
                 name = f"{number / NUM_NOISE_BINS:.1f}-{(number + 1) / NUM_NOISE_BINS:.1f}"
                 values |= {f"loss_by_noise/{name}": loss / count, f"accuracy_by_noise/{name}": correct / count}
+        return values
+
+
+class DraftMeter(Meter):
+    """The same by row of the window, and how many drafts of a window would be accepted: those before the first wrong
+    one, where the text is the model's own greedy one."""
+
+    def __init__(self, device: torch.device, num_steps: int = 1, *, window: int):
+        self.window, self.num_bins = window, window + 1  # the last bin: accepted, -, windows
+        super().__init__(device, num_steps)
+
+    def add(self, scores: Scores, objective: Tensor, num_tokens: Tensor) -> None:
+        super().add(scores, objective, num_tokens)
+        is_predicted = (scores.targets.weight > 0).view(-1, self.window)
+        is_accepted = (scores.is_correct.view(-1, self.window) & is_predicted).long().cumprod(1)
+        self.bins[self.window, 0] += is_accepted.sum()
+        self.bins[self.window, 2] += is_predicted[:, 0].sum()
+
+    def _bin_of(self, scores: Scores) -> Tensor:
+        return torch.arange(len(scores.loss), device=scores.loss.device) % self.window
+
+    def _values(self, bins: list[list[float]], num_tokens: float) -> dict[str, float]:
+        *rows, (accepted, _, num_windows) = bins
+        if not num_windows:
+            return {}
+        _, correct, count = (sum(column) for column in zip(*rows, strict=True))
+        values = {"masked_accuracy": correct / count, "accepted_length": accepted / num_windows}
+        for number, (loss, correct, count) in enumerate(rows, start=1):
+            if count:
+                values |= {f"loss_by_row/{number:02}": loss / count, f"accuracy_by_row/{number:02}": correct / count}
         return values
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from fastdllm.draft import DraftConfig
 from fastdllm.masks import (
     EMPTY,
     BlockMaskBuilder,
@@ -28,6 +29,7 @@ from fastdllm.objective import (
     scored_rows,
     token_losses,
 )
+from fastdllm.training.drafting import DraftPass
 from fastdllm.training.lora import frozen_checksum
 from fastdllm.training.meter import Meter, Scores, add_over_processes
 from fastdllm.training.strategies import clip_gradients, gather_whole_layers, shard
@@ -92,6 +94,8 @@ class TrainingPass(nn.Module):
     def __init__(self, model: BlockDiffusionLM, objective: ObjectiveConfig, sample_length: int):
         super().__init__()
         self.model, self.objective, self.shape = model, objective, objective.sample_shape(sample_length)
+        is_frozen = any(not parameter.requires_grad for parameter in model.parameters())
+        self.num_passes = FROZEN_BACKWARD_AND_FORWARD if is_frozen else BACKWARD_AND_FORWARD
         self._builders: dict[tuple, BlockMaskBuilder] = {}
 
     def forward(self, batch: dict[str, Tensor]) -> Scores:
@@ -111,7 +115,16 @@ class TrainingPass(nn.Module):
         )
         seen = [count_attention_pairs(some, objective.block_size, self._context) for some in (rows, queries)]
         size = PassSize(tokens.numel(), targets.token.numel(), seen[0].sum(), seen[1].sum(), targets.token.numel())
-        return Scores(total, loss, is_correct, targets, size, (rows.document == EMPTY).sum())
+        operations = self.num_passes * forward_flops(model.qwen.config, size)
+        return Scores(total, loss, is_correct, targets, tokens.numel(), operations, (rows.document == EMPTY).sum())
+
+    def use_training_form(self, recompute: Recompute, is_compiled: bool) -> None:
+        """Run all layers in their form for training from now on."""
+        self.model.use_training_form(recompute, is_compiled)
+
+    def new_meter(self, device: torch.device, num_steps: int = 1) -> Meter:
+        """Return what counts scores of this pass."""
+        return Meter(device, num_steps)
 
     @property
     def _context(self) -> ContextAttention:
@@ -149,7 +162,7 @@ class AdaptModule(LightningModule):
         self,
         model: BlockDiffusionLM,
         *,
-        objective: ObjectiveConfig,
+        objective: ObjectiveConfig | DraftConfig,
         optimizer: OptimizerConfig,
         max_steps: int,
         log_every: int,
@@ -159,7 +172,10 @@ class AdaptModule(LightningModule):
         recompute: Recompute = "none",
     ):
         super().__init__()
-        self.scoring = TrainingPass(model.train(), objective, sample_length)
+        if isinstance(objective, DraftConfig):
+            self.scoring = DraftPass(model.train(), objective)
+        else:
+            self.scoring = TrainingPass(model.train(), objective, sample_length)
         self.recompute = recompute
         self.optimizer_config, self.max_steps, self.log_every = optimizer, max_steps, log_every
         self.compute_dtype, self.compile_layers = compute_dtype, compile_layers
@@ -173,7 +189,6 @@ class AdaptModule(LightningModule):
         self.validation_meter: Meter | None = None
         self.counters: Tensor | None = None  # float64 since this start, see COUNTERS
         self.gradient_norm: Tensor | None = None
-        self.num_passes = FROZEN_BACKWARD_AND_FORWARD if self._frozen() else BACKWARD_AND_FORWARD
         self._is_configured = False
         self._num_micro_batches = 0
 
@@ -187,8 +202,8 @@ class AdaptModule(LightningModule):
             return
         self._is_configured = True
         torch._dynamo.config.optimize_ddp = False  # it would cut the layers' graphs at the buckets of DDP
-        model, layers = self.model, self.model.qwen.model.layers
-        model.use_training_form(self.recompute, self.compile_layers)
+        layers = self.model.qwen.model.layers
+        self.scoring.use_training_form(self.recompute, self.compile_layers)
         gather_whole_layers(self.trainer.strategy, layers)
         if self.device_mesh is not None:
             shard(self.scoring, layers, self.device_mesh, self.compute_dtype)
@@ -239,21 +254,20 @@ class AdaptModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.float64, device=self.device)
-        self.meter = Meter(self.device, num_steps=0)
+        self.meter = self.scoring.new_meter(self.device, num_steps=0)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the micro-batch's part of the loss, scaled for the mean over processes and micro-batches to come."""
         accumulate = self.trainer.accumulate_grad_batches
         if batch_idx % accumulate == 0:
             self.step_loss = torch.zeros((), device=self.device)
-            self.step_meter = Meter(self.device)
+            self.step_meter = self.scoring.new_meter(self.device)
         num_graphs = _num_compiled_graphs()
         scores, objective = self._score(batch)
         self._check_compilation(_num_compiled_graphs() - num_graphs)
         self.step_loss += objective.detach()
         self.step_meter.add(scores, objective, batch["num_tokens"])
-        flops = self.num_passes * forward_flops(self.model.qwen.config, scores.size)
-        counts = (batch["num_tokens"].sum(), scores.size.num_rows, flops, scores.num_empty_rows)
+        counts = (batch["num_tokens"].sum(), scores.num_rows, scores.operations, scores.num_empty_rows)
         for number, count in enumerate(counts):
             self.counters[number] += count
         finite = 1 + 0 * objective.detach()  # else NaN, so that a loss of inf is found in the gradients
@@ -280,7 +294,7 @@ class AdaptModule(LightningModule):
         return step == 1 or step % self.log_every == 0 or step == self.max_steps
 
     def on_validation_start(self) -> None:
-        self.validation_meter = Meter(self.device)
+        self.validation_meter = self.scoring.new_meter(self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         scores, objective = self._score(batch)
