@@ -106,7 +106,7 @@ class MaskRowEmbedding(nn.Module):
     def __init__(self, base_layer: nn.Embedding, row: int):
         super().__init__()
         self.base_layer, self.row = base_layer, row
-        self.trained = nn.Parameter(base_layer.weight[row].detach().float())  # [C]
+        self.trained = nn.Parameter(base_layer.weight[row].detach().to(torch.float32, copy=True))  # [C]
 
     @property
     def weight(self) -> Tensor:

@@ -155,6 +155,15 @@ def test_another_base_is_refused(tmp_path):
         load_adapter(make_model(seed=5), tmp_path / "adapter")
 
 
+def test_the_trained_row_is_no_view_of_the_frozen_one():
+    model = make_model()
+    add_adapter(model, SETTINGS, seed=0)
+    before = model.qwen.lm_head.weight.clone()  # tied: a float32 row would be trained with it
+    with torch.no_grad():
+        adapter_weights(model)["model.embed_tokens.trained"] += 1
+    assert torch.equal(model.qwen.lm_head.weight, before)
+
+
 def test_the_checksum_is_the_bases_with_and_without_an_adapter():
     plain, adapted = make_model(), make_adapted()
     assert base_checksum(plain) == base_checksum(adapted) == frozen_checksum(adapted) != 0
