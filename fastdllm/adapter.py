@@ -68,9 +68,9 @@ def check_updates(settings: AdapterSettings, section: str) -> None:
 class GatedLinear(nn.Module):
     """A frozen linear layer and a low-rank update, which is added to the rows that the gate names."""
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, gate: RowGate):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, gate: RowGate):
         super().__init__()
-        self.base, self.scale, self.gate = base, scale, gate
+        self.base, self.rank, self.alpha, self.gate = base, rank, alpha, gate
         place = {"device": base.weight.device, "dtype": torch.float32}
         self.reduce = nn.Parameter(torch.empty(rank, base.in_features, **place))
         self.expand = nn.Parameter(torch.zeros(base.out_features, rank, **place))
@@ -92,7 +92,7 @@ class GatedLinear(nn.Module):
         return updated if self.gate.rows is True else torch.where(self.gate.rows, updated, output)
 
     def _update(self, rows: Tensor) -> Tensor:
-        reduced = F.linear(rows, self.reduce.to(rows.dtype)) * self.scale
+        reduced = F.linear(rows, self.reduce.to(rows.dtype)) * (self.alpha / self.rank)
         return F.linear(reduced, self.expand.to(reduced.dtype))
 
 
@@ -142,7 +142,7 @@ def add_adapter(model: BlockDiffusionLM, settings: AdapterSettings, seed: int) -
         for part in (layer.self_attn, layer.mlp):
             for name, linear in list(part.named_children()):
                 if name in settings.targets:
-                    gated = GatedLinear(linear, settings.rank, settings.alpha / settings.rank, gate)
+                    gated = GatedLinear(linear, settings.rank, settings.alpha, gate)
                     bound = 1 / math.sqrt(linear.in_features)  # as LoRA draws it
                     drawn = torch.empty(gated.reduce.shape).uniform_(-bound, bound, generator=generator)
                     gated.reduce.data.copy_(drawn)
@@ -246,8 +246,7 @@ def _settings_of(model: BlockDiffusionLM) -> AdapterSettings:
     if not gated:
         raise ValueError("the model has no gated adapter to save; add_adapter or load_adapter gives it one.")
     any_layer = next(iter(gated.values()))
-    rank = len(any_layer.reduce)
-    return AdapterSettings(rank=rank, alpha=any_layer.scale * rank, targets=[t for t in TARGETS if t in gated])
+    return AdapterSettings(rank=any_layer.rank, alpha=any_layer.alpha, targets=[t for t in TARGETS if t in gated])
 
 
 def _peft_config(settings: AdapterSettings, mask_token_id: int, base: str) -> Any:

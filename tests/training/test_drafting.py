@@ -119,7 +119,7 @@ def test_a_run_goes_on_where_its_time_limit_stopped_it(make_gated):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.slow
+@pytest.mark.by_hand
 def test_killed_run_resumes_bit_for_bit(make_gated):
     unbroken, broken = make_gated(name="unbroken"), make_gated(name="broken")
     train(unbroken)
