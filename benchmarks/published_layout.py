@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
 from fastdllm.masks import CLEAN, VIEW_A, Rows, count_attention_pairs, training_attention
-from fastdllm.model import PassSize
+from fastdllm.model import PassSize, forward_flops
 from fastdllm.objective import Targets, block_diffusion_inputs, token_losses
-from fastdllm.training.module import Scores, TrainingPass
+from fastdllm.training.meter import Scores
+from fastdllm.training.module import TrainingPass
 
 
 class PublishedPass(TrainingPass):
@@ -42,7 +43,9 @@ class PublishedPass(TrainingPass):
             total, loss, is_correct, targets = self._labelled_logits(hidden, targets)
         pairs = count_attention_pairs(rows, D, self._context).sum()
         size = PassSize(tokens.numel(), tokens.numel(), pairs, pairs, len(loss))
-        return Scores(total, loss, is_correct, targets, size, torch.zeros((), device=tokens.device))
+        operations = self.num_passes * forward_flops(model.qwen.config, size)
+        empty = torch.zeros((), device=tokens.device)
+        return Scores(total, loss, is_correct, targets, tokens.numel(), operations, empty)
 
     def _plain_mask(self, rows: Rows):
         (batch_size, num_rows), D = rows.position.shape, self.objective.block_size

@@ -7,7 +7,8 @@ strategies; data, loss and optimizer are in the time. One row for each cell goes
 
 Layouts: `published` (two clean halves, all logits, uncompiled layers recomputed in full, mask built at each step),
 `published_fast` (the same rows on our kernels), `shared` (one clean half), `dead_rows` (documents of 512 tokens, 30 %
-of them prompt, dead rows left out), `ar` (plain next-token fine-tuning, the ceiling).
+of them prompt, dead rows left out), `ar` (plain next-token fine-tuning, the ceiling), `draft` (a gated adapter of rank
+64 on frozen weights, one row of windows for each token).
 """
 
 import gc
@@ -25,8 +26,11 @@ from lightning.pytorch import Callback, Trainer
 from published_layout import PublishedPass  # beside this file
 from shapes import MASK_TOKEN_ID, SHAPES, random_qwen
 
+from fastdllm.adapter import AdapterSettings, add_adapter
 from fastdllm.cli import run
 from fastdllm.data.datamodule import AdaptDataModule, DataConfig
+from fastdllm.data.packing import Objective
+from fastdllm.draft import DraftConfig
 from fastdllm.model import BlockDiffusionLM, Recompute
 from fastdllm.objective import ObjectiveConfig
 from fastdllm.runtime import (
@@ -39,17 +43,18 @@ from fastdllm.runtime import (
     write_text,
 )
 from fastdllm.training.config import DTYPES
-from fastdllm.training.module import AdaptModule, OptimizerConfig, add_over_processes
+from fastdllm.training.meter import add_over_processes
+from fastdllm.training.module import AdaptModule, OptimizerConfig
 from fastdllm.training.requeue import StopOnSignal
 from fastdllm.training.strategies import StrategyName, lightning_precision, make_strategy, resolve_strategy
 
 # Samples at a time: the same rows in every layout, as many as fit into 80 GB; published has fewer, to end in time.
 MICRO_BATCHES = {
-    "qwen2.5-0.5b": {"published": 4, "published_fast": 6, "shared": 8, "dead_rows": 2, "ar": 24},
-    "qwen2.5-1.5b": {"published": 2, "published_fast": 3, "shared": 4, "dead_rows": 1, "ar": 12},
-    "tiny": {"published": 1, "published_fast": 1, "shared": 1, "dead_rows": 1, "ar": 1},
+    "qwen2.5-0.5b": {"published": 4, "published_fast": 6, "shared": 8, "dead_rows": 2, "ar": 24, "draft": 24},
+    "qwen2.5-1.5b": {"published": 2, "published_fast": 3, "shared": 4, "dead_rows": 1, "ar": 12, "draft": 12},
+    "tiny": {"published": 1, "published_fast": 1, "shared": 1, "dead_rows": 1, "ar": 1, "draft": 1},
 }
-LAYOUTS = ("published", "published_fast", "shared", "dead_rows", "ar")
+LAYOUTS = ("published", "published_fast", "shared", "dead_rows", "ar", "draft")
 DOCUMENT_LENGTH, PROMPT_SHARE = 512, 0.3  # of the chat-shaped packs
 # Chat-shaped documents of one length leave a fifth of a 6,144-row sample empty; real lengths differ and fill it. So
 # their samples are so many times longer, and as many times fewer.
@@ -91,7 +96,7 @@ class ThroughputConfig:
 @dataclass(frozen=True)
 class Cell:
     shape: str
-    layout: Literal["published", "published_fast", "shared", "dead_rows", "ar"]
+    layout: Literal["published", "published_fast", "shared", "dead_rows", "ar", "draft"]
 
 
 class RandomData(AdaptDataModule):
@@ -216,14 +221,16 @@ def _measure(cell: Cell, config: ThroughputConfig) -> tuple[dict, bool]:
     return _row(cell, config, micro_batch_size, module, strategy, watch, device, peak), trainer.is_global_zero
 
 
-def _objective(layout: str) -> ObjectiveConfig:
+def _objective(layout: str) -> Objective:
+    if layout == "draft":
+        return DraftConfig()
     if layout == "ar":
         return ObjectiveConfig(kind="autoregressive")
     return ObjectiveConfig(drop_dead_rows=layout == "dead_rows")
 
 
 def _module(cell: Cell, config: ThroughputConfig, objective, device, dtype) -> AdaptModule:
-    model = BlockDiffusionLM(random_qwen(cell.shape, device), mask_token_id=MASK_TOKEN_ID)
+    model = _model(cell, device, dtype)
     is_plain = cell.layout == "published"
     is_compiled = config.compile and device.type == "cuda" and not is_plain
     recompute = "full" if is_plain else config.recompute if is_compiled else "none"
@@ -241,6 +248,17 @@ def _module(cell: Cell, config: ThroughputConfig, objective, device, dtype) -> A
     if cell.layout.startswith("published"):
         module.scoring = PublishedPass(model.train(), objective, config.sample_length, is_plain)
     return module
+
+
+def _model(cell: Cell, device: torch.device, dtype: torch.dtype) -> BlockDiffusionLM:
+    qwen = random_qwen(cell.shape, device)
+    if cell.layout != "draft":
+        return BlockDiffusionLM(qwen, mask_token_id=MASK_TOKEN_ID)
+    for parameter in qwen.parameters():  # frozen: kept in what is computed in; not the rotary frequencies
+        parameter.data = parameter.data.to(dtype)
+    model = BlockDiffusionLM(qwen, mask_token_id=MASK_TOKEN_ID, context_attention="causal")
+    add_adapter(model, AdapterSettings(), seed=0)
+    return model
 
 
 def _write_documents(folder: Path, layout: str, config: ThroughputConfig, micro_batch_size: int) -> None:

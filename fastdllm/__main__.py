@@ -9,7 +9,7 @@ from fastdllm.cli import run
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a run's newest complete checkpoint as an HF folder, <run>/export."""
+    """Write a run's newest complete checkpoint as an HF folder, or a gated adapter's folder, <run>/export."""
 
     run: str
     """Run folder, such as runs/demo."""

@@ -36,7 +36,7 @@ from fastdllm.config_json import (
 )
 from fastdllm.gguf import CONTROL, NORMAL, GgufFile, TokenizerParts
 from fastdllm.model import BlockDiffusionLM
-from fastdllm.runtime import write_text
+from fastdllm.runtime import replace_folder, write_text
 
 MASK_TOKEN = "|<MASK>|"
 QWEN_MASK_TOKEN_ID = 151665  # the first id that Qwen2.5's tokenizer leaves free
@@ -218,7 +218,7 @@ def save_checkpoint(
     _write_json(partial / "generation_config.json", ends | {"do_sample": False})
     _save_tokenizer(partial, tokenizer)
     _save_weights(partial, weights, dtype)
-    _replace(partial, folder)
+    replace_folder(partial, folder)
 
 
 def _local_path(source: str, config_only: bool = False) -> Path:
@@ -382,13 +382,3 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def _is_ours(path: Path) -> bool:
     """Return whether a file is of a kind that a checkpoint folder has."""
     return path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".txt")
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Rename `partial` to `folder`; what lay there is deleted only after the new one stands."""
-    old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -231,6 +231,79 @@ def _tile_lists(is_listed: Tensor) -> tuple[Tensor, Tensor]:
     return is_listed.sum(-1).int(), order.int()
 
 
+class SeenPlaces(NamedTuple):
+    """The clean rows of its sample that each row of a drafting pass sees, by place; every tensor is [B, T] int64."""
+
+    first: Tensor
+    last: Tensor
+    """Included; below `first` where none is seen."""
+
+
+def draft_attention(seen: SeenPlaces, num_clean: int, window: int) -> Predicate:
+    """Return the predicate by which rows attend to clean rows 0 .. num_clean - 1 and, behind them, to themselves.
+
+    Args:
+        window: every so many rows are a window, which sees itself; 0 for clean rows, whose keys are all clean ones.
+    """
+    first, last = seen
+
+    def clean_places(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= first[batch, query]) & (key <= last[batch, query])
+
+    def with_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = key - num_clean
+        is_own = (own >= 0) & (own // window == query // window)
+        if not GROUP_SEES_BOTH_WAYS:
+            is_own = is_own & (own <= query)
+        return clean_places(batch, head, query, key) | is_own
+
+    return with_window if window else clean_places
+
+
+class DraftMaskBuilder:
+    """Builds the BlockMasks of `draft_attention` for batches of one shape, as BlockMaskBuilder does for its own."""
+
+    def __init__(self, batch_size: int, num_queries: int, num_clean: int, window: int, device: torch.device):
+        for name, number in (("clean rows", num_clean), ("rows", num_queries)):
+            if number % FLEX_TILE:
+                raise ValueError(
+                    f"FlexAttention needs a multiple of {FLEX_TILE} {name}, got {number}; use a sample_length that is "
+                    "one, and a draft.rows_per_token with which their product is."
+                )
+        self.num_clean, self.window = num_clean, window
+        self.lengths = (num_queries, num_clean + (num_queries if window else 0))
+        self.seen = SeenPlaces(*(torch.zeros(batch_size, num_queries, dtype=torch.int32, device=device) for _ in "ab"))
+        self.predicate = draft_attention(self.seen, num_clean, window)
+
+    def build(self, seen: SeenPlaces) -> BlockMask:
+        """Return the BlockMask of rows that see `seen`; valid until the next one is built."""
+        for buffer, values in zip(self.seen, seen, strict=True):
+            buffer.copy_(values)
+        is_used, is_full = self._tiles(seen)
+        return BlockMask.from_kv_blocks(
+            *_tile_lists(is_used & ~is_full),
+            *_tile_lists(is_full),
+            BLOCK_SIZE=FLEX_TILE,
+            mask_mod=self.predicate,
+            seq_lengths=self.lengths,
+        )
+
+    def _tiles(self, seen: SeenPlaces) -> tuple[Tensor, Tensor]:
+        """Return which tiles hold an allowed pair, and which hold nothing else, [B, 1, T / 128, S / 128] bool."""
+        start = torch.arange(0, self.num_clean, FLEX_TILE, device=seen.first.device)
+        end = start + FLEX_TILE - 1
+        first, last = seen.first[..., None], seen.last[..., None]
+        is_used, is_full = (first <= end) & (last >= start) & (first <= last), (first <= start) & (last >= end)
+        shape = (len(first), 1, -1, FLEX_TILE, len(start))
+        is_used, is_full = is_used.view(shape).any(3), is_full.view(shape).all(3)
+        if not self.window:
+            return is_used, is_full
+        # a window never reaches over a tile, for its size divides a tile's
+        own = torch.eye(is_used.shape[2], dtype=torch.bool, device=start.device).expand(len(first), 1, -1, -1)
+        is_one_window = self.window == FLEX_TILE and GROUP_SEES_BOTH_WAYS
+        return torch.cat([is_used, own], dim=3), torch.cat([is_full, own & is_one_window], dim=3)
+
+
 def decode_attention_mask(
     query_position: Tensor, key_position: Tensor, block_size: int, context_attention: ContextAttention
 ) -> Tensor:

@@ -56,6 +56,13 @@ class ChosenRows(NamedTuple):
     """What they attend to: [B, 1, T, S] bool or BlockMask."""
 
 
+class RowGate:
+    """Says on which rows of the present pass an adapter acts; holds until the next one, through the backward pass."""
+
+    rows: Tensor | bool = False
+    """[B, T, 1] bool; or all rows (True), or none (False), which costs nothing."""
+
+
 class BlockDiffusionLM(nn.Module):
     """Owns a Qwen2ForCausalLM and runs it layer by layer, always with an explicit attention mask and positions."""
 
@@ -74,6 +81,7 @@ class BlockDiffusionLM(nn.Module):
         self.context_attention = context_attention
         self.num_layers = qwen.config.num_hidden_layers
         self.run_last_layer = run_last_layer  # training puts its form here
+        self.gate: RowGate | None = None  # of a gated adapter (adapter.py), which acts on mask rows alone
         self.layer_calls = 0  # layers really run since construction; reuse that skips nothing would show here
         AttentionInterface.register(ATTENTION_NAME, _attention)
         qwen.set_attn_implementation(ATTENTION_NAME)
@@ -109,7 +117,12 @@ class BlockDiffusionLM(nn.Module):
         return self.norm(self.run_layers(layers, hidden, rotary, attention_mask, cache, reuse, chosen))
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the first layer's input [B, T, C] and the rotary angles' cosines and sines, [B, T, E] each."""
+        """Return the first layer's input [B, T, C] and the rotary angles' cosines and sines, [B, T, E] each.
+
+        A pass begins here, so a gated adapter learns here which rows are its own.
+        """
+        if self.gate is not None:
+            self.gate.rows = (tokens == self.mask_token_id)[..., None]
         hidden = self.qwen.model.embed_tokens(tokens)
         if torch.is_autocast_enabled(hidden.device.type):  # keep the residual stream in the compute dtype
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -175,6 +188,15 @@ def _attention_branch(layer: Qwen2DecoderLayer, attention_mask, rotary, cache: C
     )[0]
 
 
+class KeyValues(NamedTuple):
+    """What attention reads of some rows."""
+
+    key: Tensor
+    """[B, G, T, E], turned by the rotary angles."""
+    value: Tensor
+    """[B, G, T, E]."""
+
+
 def run_last_layer(
     layer: Qwen2DecoderLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor], chosen: ChosenRows
 ) -> Tensor:
@@ -182,17 +204,50 @@ def run_last_layer(
 
     The same submodules as the layer's own forward pass, with queries and everything after them on the chosen rows.
     """
-    attention, (cosine, sine) = layer.self_attn, rotary
     normed = layer.input_layernorm(hidden)
-    queries = attention.q_proj(_rows(normed, chosen.index))
-    heads = [
-        projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        for projected in (queries, attention.k_proj(normed), attention.v_proj(normed))
-    ]
-    query = _rotate(heads[0], _rows(cosine, chosen.index), _rows(sine, chosen.index))
-    key = _rotate(heads[1], cosine, sine)
-    attended, _ = _attention(attention, query, key, heads[2], chosen.attention_mask, scaling=attention.scaling)
-    output = _rows(hidden, chosen.index) + attention.o_proj(attended.flatten(-2))
+    seen = _keys_and_values(layer, normed, rotary)
+    chosen_rotary = tuple(_rows(angles, chosen.index) for angles in rotary)
+    queried = _rows(normed, chosen.index)
+    return _finish(layer, _rows(hidden, chosen.index), queried, chosen_rotary, seen, chosen.attention_mask)
+
+
+def run_rows(
+    layer: Qwen2DecoderLayer,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    attention_mask: Tensor | BlockMask,
+    context: KeyValues | None = None,
+) -> tuple[Tensor, KeyValues]:
+    """Return the layer's output of rows [B, T, C], and their keys and values.
+
+    They attend to those of `context`, S rows, and behind them to their own: `attention_mask` is over S + T keys.
+    """
+    normed = layer.input_layernorm(hidden)
+    own = _keys_and_values(layer, normed, rotary)
+    seen = own
+    if context is not None:
+        seen = KeyValues(*(torch.cat(pair, dim=2) for pair in zip(context, own, strict=True)))
+    return _finish(layer, hidden, normed, rotary, seen, attention_mask), own
+
+
+def keys_and_values(layer: Qwen2DecoderLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> KeyValues:
+    """Return the keys and values alone that the layer makes of rows [B, T, C]."""
+    return _keys_and_values(layer, layer.input_layernorm(hidden), rotary)
+
+
+def _keys_and_values(layer: Qwen2DecoderLayer, normed: Tensor, rotary: tuple[Tensor, Tensor]) -> KeyValues:
+    attention = layer.self_attn
+    value = _heads(attention, attention.v_proj(normed))
+    key = _rotate(_heads(attention, attention.k_proj(normed)), *rotary)
+    return KeyValues(key.to(value.dtype), value)  # under autocast the rotary product is float32
+
+
+def _finish(layer, hidden: Tensor, normed: Tensor, rotary, seen: KeyValues, attention_mask) -> Tensor:
+    """Return the layer's output of rows [B, T, C] that attend to `seen`; `normed` are they after the first norm."""
+    attention = layer.self_attn
+    query = _rotate(_heads(attention, attention.q_proj(normed)), *rotary)
+    attended, _ = _attention(attention, query, *seen, attention_mask, scaling=attention.scaling)
+    output = hidden + attention.o_proj(attended.flatten(-2))
     return output + layer.mlp(layer.post_attention_layernorm(output))
 
 
@@ -209,6 +264,11 @@ def _last_forward(
     if chosen is None:
         return whole(hidden, **options)
     return some_rows(hidden, options["position_embeddings"], chosen)
+
+
+def _heads(attention: nn.Module, projected: Tensor) -> Tensor:
+    """Return [B, T, H * E] as [B, H, T, E]."""
+    return projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:

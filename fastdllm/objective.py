@@ -82,6 +82,12 @@ class Targets(NamedTuple):
     """float32 probability with which the token's block was masked in this view; NaN for next-token targets."""
 
 
+def sample_generator(seed: int, index: int) -> torch.Generator:
+    """Return a generator whose draws are a function of the seed and the global sample index alone."""
+    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
 def draw_noise(seed: int, index: int, length: int, block_size: int) -> tuple[Tensor, Tensor]:
     """Draw the noise of one sample as a function of (seed, index) alone.
 
@@ -92,8 +98,7 @@ def draw_noise(seed: int, index: int, length: int, block_size: int) -> tuple[Ten
         noise_level: [N] float32 in [0.001, 1], one per block.
         is_masked_first: [L] bool, true where view a masks the token (view b masks the others).
     """
-    state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    generator = sample_generator(seed, index)
     uniform = torch.rand(length // block_size, generator=generator)
     noise_level = (1 - MINIMUM_NOISE) * uniform + MINIMUM_NOISE  # [N]
     is_masked_first = torch.rand(length, generator=generator) < noise_level.repeat_interleave(block_size)

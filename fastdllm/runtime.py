@@ -162,6 +162,16 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     aside.rename(path)
 
 
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Rename `partial` to `folder`; what lay there is deleted only after the new one stands."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def lock_file(path: str | Path) -> Iterator[str]:
     """Try to lock the file for this process: "" if it is ours while the block runs, else who holds it.

@@ -7,11 +7,14 @@ from decoding.test_engine import make_model, make_prompts
 from torch.testing import assert_close
 
 from fastdllm import objective
+from fastdllm.adapter import AdapterSettings, adapter_weights, add_adapter
 from fastdllm.decoding.engine import DecodeConfig, Engine, Request
 from fastdllm.decoding.policies import DEFAULT_THRESHOLD
 from fastdllm.decoding.reuse import ReuseConfig
+from fastdllm.draft import DraftConfig, draw_anchors
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.objective import ObjectiveConfig
+from fastdllm.training.drafting import DraftPass
 from fastdllm.training.module import TrainingPass
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -75,6 +78,38 @@ def test_compiled_flex_training_equals_dense_training_without_recompiling(config
             # TF32 products inside the flex kernel: three decimal digits
             assert_close(ours, expected, atol=2e-2 * float(expected.abs().max()), rtol=2e-2)
     assert counters["unique_graphs"] == num_graphs
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_flex_drafting_equals_dense_drafting_without_recompiling(recompute):
+    cpu, gpu = (make_drafting() for _ in range(2))
+    gpu.cuda()
+    gpu.use_training_form(recompute, is_compiled=True)
+    counters = torch._dynamo.utils.counters["stats"]
+    for seed in range(4):
+        if seed == 2:
+            num_graphs = counters["unique_graphs"]
+        results, batch = [], make_batch(seed)
+        anchors = [draw_anchors(seed, row, batch["is_response"][row], batch["document"][row], 16) for row in range(2)]
+        for drafting, device in ((cpu, "cpu"), (gpu, "cuda")):
+            inputs = {name: tensor.to(device) for name, tensor in (batch | {"anchor": torch.stack(anchors)}).items()}
+            scores = drafting(inputs)
+            gradients = torch.autograd.grad(scores.total, list(adapter_weights(drafting.model).values()))
+            results.append([tensor.detach().cpu() for tensor in (scores.loss, *gradients)])
+        for expected, ours in zip(*results, strict=True):
+            # TF32 products inside the flex kernel: three decimal digits
+            assert_close(ours, expected, atol=2e-2 * float(expected.abs().max()), rtol=2e-2)
+    assert counters["unique_graphs"] == num_graphs
+
+
+def make_drafting():
+    qwen = make_qwen(hidden_size=128, intermediate_size=128)
+    model = BlockDiffusionLM(qwen, block_size=D, mask_token_id=MASK, context_attention="causal")
+    add_adapter(model, AdapterSettings(rank=8), seed=0)
+    for weight in adapter_weights(model).values():
+        if not weight.any():
+            weight.data = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    return DraftPass(model, DraftConfig(window=16))
 
 
 def make_scoring(config):

@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "fastdllm"
 ORDER = (
     ("cli", "runtime", "masks", "config_json", "gguf"),
     ("objective", "model"),
+    ("draft",),
+    ("adapter",),
     ("checkpoint",),
     ("data", "decoding"),
     ("training", "evaluation"),
@@ -22,7 +24,7 @@ ORDER = (
 DOORS = {
     "lightning": ("training/", "data/datamodule.py"),
     "deepspeed": ("training/strategies.py",),
-    "peft": ("training/lora.py",),
+    "peft": ("training/lora.py", "adapter.py"),
     "lm_eval": ("evaluation/harness.py", "evaluation/tasks.py", "evaluation/command.py"),
     "transformers": ("model.py", "checkpoint.py", "data/", "decoding/"),  # decoding: the tokenizer's type alone
     "tokenizers": ("checkpoint.py",),

@@ -156,7 +156,7 @@ def test_training_pass_without_dead_rows_equals_the_slow_reference(config):
     theirs = gradients(model, expected)
     for name, ours in gradients(model, scores.total).items():
         assert_close(ours, theirs[name], atol=1e-5, rtol=1e-4)
-    assert scores.size.num_rows == 144 and int((scores.targets.weight > 0).sum()) >= count
+    assert scores.num_rows == 144 and int((scores.targets.weight > 0).sum()) >= count
     assert 0 < int(scores.num_empty_rows) < 144
 
 

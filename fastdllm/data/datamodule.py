@@ -1,7 +1,7 @@
 """Batches of packed samples whose order and noise are functions of (seed, global sample index) alone."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastdllm.data.documents import Documents, prepare_documents
-from fastdllm.data.packing import LongDocuments, PackedSamples, Packing, pack
+from fastdllm.data.packing import LongDocuments, Objective, PackedSamples, Packing, pack
 from fastdllm.data.sources import SourceConfig
-from fastdllm.objective import ObjectiveConfig, draw_noise
+from fastdllm.draft import DraftConfig, draft_windows, draw_anchors
+from fastdllm.objective import draw_noise
 
 VALIDATION_SEED = 2**31 - 1  # validation noise is the same in every run, so that losses of different seeds compare
 ORDERS_KEPT = 4  # epochs whose order a process remembers: a step may reach over the end of an epoch
@@ -113,24 +114,29 @@ class TrainingSamples(Dataset):
     def __init__(self, samples: PackedSamples, seed: int, samples_per_step: int):
         self.samples, self.seed, self.samples_per_step = samples, seed, samples_per_step
         self._orders: dict[int, np.ndarray] = {}
-        self._step_targets: tuple[int, int] = (-1, 0)  # last step asked for, its targets
+        self._step_targets: tuple[int, float] = (-1, 0.0)  # last step asked for, its targets
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return _with_noise(self.samples[self.sample_number(index)], self.seed, index, self.samples.block_size) | {
-            "step_targets": torch.tensor(self.step_targets(index // self.samples_per_step))
-        }
+        return self._drawn(index) | {"step_targets": torch.tensor(self.step_targets(index // self.samples_per_step))}
+
+    def _drawn(self, index: int) -> dict[str, Tensor]:
+        return _with_draws(self.samples[self.sample_number(index)], self.seed, index, self.samples)
 
     def sample_number(self, index: int) -> int:
         """Return which packed sample stands at a global sample index."""
         epoch, offset = divmod(index, len(self.samples))
         return int(self._order(epoch)[offset])
 
-    def step_targets(self, step: int) -> int:
-        """Return the supervised targets of an optimizer step, over all ranks and micro-batches."""
+    def step_targets(self, step: int) -> float:
+        """Return the supervised targets of an optimizer step, over all ranks and micro-batches; of windows, whose
+        targets are drawn, the sum of their weights."""
         if self._step_targets[0] != step:
             indices = range(step * self.samples_per_step, (step + 1) * self.samples_per_step)
             numbers = [self.sample_number(index) for index in indices]
-            self._step_targets = step, int(self.samples.packing.num_targets[numbers].sum())
+            total = float(self.samples.packing.num_targets[numbers].sum())
+            if isinstance(self.samples.objective, DraftConfig):
+                total = _window_weights(self.samples.objective, map(self._drawn, indices))
+            self._step_targets = step, total
         return self._step_targets[1]
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -147,21 +153,36 @@ class ValidationSamples(Dataset):
 
     def __init__(self, samples: PackedSamples):
         self.samples = samples
-        self.num_targets = int(samples.packing.num_targets.sum())
+        self.num_targets = float(samples.packing.num_targets.sum())
+        if isinstance(samples.objective, DraftConfig):
+            self.num_targets = _window_weights(samples.objective, map(self._drawn, range(len(samples))))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self._drawn(index) | {"step_targets": torch.tensor(self.num_targets)}
+
+    def _drawn(self, index: int) -> dict[str, Tensor]:
         sample = self.samples[index % len(self.samples)]
         if index >= len(self.samples):
             sample["is_response"] = np.zeros_like(sample["is_response"])
             sample["num_tokens"] = np.int64(0)
-        sample = _with_noise(sample, VALIDATION_SEED, index, self.samples.block_size)
-        return sample | {"step_targets": torch.tensor(self.num_targets)}
+        return _with_draws(sample, VALIDATION_SEED, index, self.samples)
 
 
-def _with_noise(sample: dict[str, np.ndarray], seed: int, index: int, block_size: int) -> dict[str, Tensor]:
-    noise_level, is_masked_first = draw_noise(seed, index, len(sample["tokens"]), block_size)
-    tensors = {name: torch.as_tensor(value) for name, value in sample.items()}
-    return tensors | {"noise_level": noise_level, "is_masked_first": is_masked_first, "index": torch.tensor(index)}
+def _with_draws(sample: dict[str, np.ndarray], seed: int, index: int, samples: PackedSamples) -> dict[str, Tensor]:
+    """Return the sample as tensors, with what its objective draws: noise, or the anchors of windows."""
+    tensors = {name: torch.as_tensor(value) for name, value in sample.items()} | {"index": torch.tensor(index)}
+    objective = samples.objective
+    if isinstance(objective, DraftConfig):
+        num_windows = objective.num_windows(samples.sample_length)
+        return tensors | {"anchor": draw_anchors(seed, index, tensors["is_response"], tensors["document"], num_windows)}
+    noise_level, is_masked_first = draw_noise(seed, index, len(sample["tokens"]), objective.block_size)
+    return tensors | {"noise_level": noise_level, "is_masked_first": is_masked_first}
+
+
+def _window_weights(draft: DraftConfig, samples: Iterable[dict[str, Tensor]]) -> float:
+    """Return the sum of the weights of all windows' rows; 1 where there is none, for it is divided by."""
+    batches = ({name: values[None] for name, values in sample.items()} for sample in samples)
+    return float(sum(draft_windows(batch, draft).targets.weight.double().sum() for batch in batches)) or 1.0
 
 
 class AdaptDataModule(LightningDataModule):
@@ -177,7 +198,7 @@ class AdaptDataModule(LightningDataModule):
         tokenizer: Any,
         *,
         mask_token_id: int,
-        objective: ObjectiveConfig,
+        objective: Objective,
         seed: int,
         micro_batch_size: int,
     ):

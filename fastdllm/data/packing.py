@@ -12,8 +12,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from fastdllm.data.documents import Documents
+from fastdllm.draft import DraftConfig
 from fastdllm.objective import ObjectiveConfig
 
+Objective = ObjectiveConfig | DraftConfig
 LongDocuments = Literal["drop", "cut", "error"]
 OPEN_SAMPLES = 1000  # samples that may still take a document
 SORTED_WINDOW = 10_000  # documents sorted by length at a time
@@ -68,12 +70,12 @@ class PackedSamples:
         documents: Documents,
         packing: Packing,
         *,
-        objective: ObjectiveConfig,
+        objective: Objective,
         sample_length: int,
         mask_token_id: int,
     ):
         self.documents, self.packing = documents, packing
-        self.sample_length, self.block_size, self.mask_token_id = sample_length, objective.block_size, mask_token_id
+        self.sample_length, self.objective, self.mask_token_id = sample_length, objective, mask_token_id
         self.shape = objective.sample_shape(sample_length)
 
     def __len__(self) -> int:
@@ -86,7 +88,7 @@ class PackedSamples:
             self.packing.documents[first:last],
             num_tokens=self.shape.num_tokens,
             longest=self.sample_length,
-            block_size=self.block_size,
+            block_size=self.objective.block_size,
             mask_token_id=self.mask_token_id,
         )
 
@@ -94,7 +96,7 @@ class PackedSamples:
 def pack(
     documents: Documents,
     *,
-    objective: ObjectiveConfig,
+    objective: Objective,
     sample_length: int,
     mask_token_id: int,
     long_documents: LongDocuments,
@@ -140,7 +142,7 @@ def _load(file: Path) -> Packing:
 
 def _pack(
     documents: Documents,
-    objective: ObjectiveConfig,
+    objective: Objective,
     L: int,
     mask_token_id: int,
     long_documents: str,
@@ -181,11 +183,13 @@ def _pack(
         )
 
 
-def _costs(scan: "_Scan", lengths: np.ndarray, objective: ObjectiveConfig, L: int) -> np.ndarray:
+def _costs(scan: "_Scan", lengths: np.ndarray, objective: Objective, L: int) -> np.ndarray:
     """Return what each document takes of a sample, in blocks of rows: its largest share of rows, tokens or targets.
 
     So samples filled by this one number hold too much of none of the three.
     """
+    if isinstance(objective, DraftConfig):  # windows are drawn for the sample, whatever it holds
+        return scan.row_blocks
     D, shape = objective.block_size, objective.sample_shape(L)
     blocks = -(-lengths // D)
     predictions = scan.num_targets * (2 if objective.ar_loss_weight > 0 else 1)
@@ -215,7 +219,7 @@ class _Scan(NamedTuple):
     """Blocks of rows that it needs, over both views and the clean half."""
 
 
-def _scan(documents: Documents, objective: ObjectiveConfig, L: int, mask_token_id: int) -> _Scan:
+def _scan(documents: Documents, objective: Objective, L: int, mask_token_id: int) -> _Scan:
     parts, first = [], 0
     while first < len(documents):
         end = np.searchsorted(documents.offsets, documents.offsets[first] + TOKENS_PER_SCAN, side="right")
@@ -225,9 +229,7 @@ def _scan(documents: Documents, objective: ObjectiveConfig, L: int, mask_token_i
     return _Scan(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _scan_part(
-    documents: Documents, first: int, last: int, objective: ObjectiveConfig, L: int, mask_token_id: int
-) -> _Scan:
+def _scan_part(documents: Documents, first: int, last: int, objective: Objective, L: int, mask_token_id: int) -> _Scan:
     span = slice(documents.offsets[first], documents.offsets[last])
     bounds = documents.offsets[first : last + 1] - span.start
     lengths = np.diff(bounds)
@@ -242,17 +244,17 @@ def _scan_part(
     )
 
 
-def _needed_blocks(
-    document: np.ndarray, position: np.ndarray, blocks: np.ndarray, objective: ObjectiveConfig
-) -> np.ndarray:
+def _needed_blocks(document: np.ndarray, position: np.ndarray, blocks: np.ndarray, objective: Objective) -> np.ndarray:
     """Return how many blocks of rows each document needs; objective.drop_dead_rows is the rule, whatever is masked.
 
     Args:
         document, position: of every supervised target, ordered.
         blocks: [documents] whole blocks of each document.
     """
-    if objective.kind == "autoregressive" or not objective.drop_dead_rows:
-        return blocks * (1 if objective.kind == "autoregressive" else 3)
+    if isinstance(objective, DraftConfig) or objective.kind == "autoregressive":
+        return blocks
+    if not objective.drop_dead_rows:
+        return 3 * blocks
     D = objective.block_size
     row = (position - 1) // D  # the block whose last or inner row predicts the target
     by_clean = (position % D == 0) & (objective.first_token == "clean")

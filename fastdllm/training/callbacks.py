@@ -13,7 +13,8 @@ from fastdllm.decoding.rows import Completion, Request
 from fastdllm.runtime import device_name, peak_flops
 from fastdllm.training.clock import Clock
 from fastdllm.training.faults import is_skipped
-from fastdllm.training.module import COUNTERS, AdaptModule, Meter, add_over_processes, learning_rate_factor
+from fastdllm.training.meter import add_over_processes
+from fastdllm.training.module import COUNTERS, AdaptModule, learning_rate_factor
 from fastdllm.training.strategies import deepspeed_gradient_norm
 
 
@@ -49,7 +50,7 @@ class Progress(Callback):
         if not (module.is_reported(step) or trainer.should_stop):
             return
         values = {f"train/{name}": value for name, value in module.meter.read().items()}
-        module.meter = Meter(module.device, num_steps=0)
+        module.meter = module.scoring.new_meter(module.device, num_steps=0)
         self._loss = float(add_over_processes(module.step_loss))
         values |= self._optimizer_values(trainer, module, step) | self._throughput(trainer, module)
         _log(trainer, values, step)
@@ -94,9 +95,11 @@ class Progress(Callback):
         done = step - self.first_step
         eta = timedelta(seconds=round(self.clock.wall_seconds() / done * (max_steps - step)))
         accuracy = values.get("train/masked_accuracy", values.get("train/next_token_accuracy", math.nan))
+        accepted = values.get("train/accepted_length")
+        accepted = "" if accepted is None else f"  accepted {accepted:.2f}"
         loss = values.get("train/loss", math.nan)  # all steps were skipped
         return (
-            f"step {step}/{max_steps}  loss {loss:.6f}  accuracy {accuracy:.4f}  "
+            f"step {step}/{max_steps}  loss {loss:.6f}  accuracy {accuracy:.4f}{accepted}  "
             f"lr {values['optim/lr']:.2e}  {values['throughput/tokens_per_second']:,.0f} tokens/s  eta {eta}"
         )
 

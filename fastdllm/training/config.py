@@ -6,8 +6,11 @@ from typing import Literal
 
 import torch
 
+from fastdllm.adapter import AdapterSettings
 from fastdllm.data.datamodule import DataConfig
+from fastdllm.data.packing import Objective
 from fastdllm.decoding.config import DecodeConfig
+from fastdllm.draft import DraftConfig
 from fastdllm.model import Recompute
 from fastdllm.objective import ObjectiveConfig
 from fastdllm.runtime import get_optimal_dtype, pick_device
@@ -32,7 +35,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run: adapts a checkpoint to block diffusion, or trains it autoregressively."""
+    """A training run: adapts a checkpoint to block diffusion, trains it autoregressively, or teaches it to draft."""
 
     name: str
     """Name of the run; its folder is <output_dir>/<name>. The same name goes on where an interrupted run stopped."""
@@ -40,6 +43,10 @@ class TrainConfig:
     """Model to start from: a hub id, a local HF folder or a local .gguf file (Qwen2.5 family)."""
     max_steps: int
     """Optimizer steps of the whole run, 1 or more; the learning-rate schedule spans them."""
+    adapt: Literal["weights", "gated_lora"] = "weights"
+    """What is trained: weights, those of the model or lora's updates of them, by the section objective; or gated_lora,
+    updates of mask rows alone, which draft for the model as it is (sections adapter and draft). Clean rows then stay
+    what they were, so their attention is token by token."""
     output_dir: str = "runs"
     """Folder of the run folders."""
     fresh: bool = False
@@ -89,6 +96,8 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    draft: DraftConfig = field(default_factory=DraftConfig)
 
     def __post_init__(self):
         if not self.name or "/" in self.name or self.name.startswith("."):
@@ -101,6 +110,7 @@ class TrainConfig:
                 raise ValueError(f"{key} must be 0 or more, got {getattr(self, key)}.")
         if self.lora.rank and self.strategy not in ("auto", "ddp"):
             raise ValueError(f"lora.rank above 0 needs strategy auto or ddp, got {self.strategy}: nothing to divide.")
+        self._check_adapt()
         if self.objective.block_size % self.decode.sub_block_size:
             raise ValueError(
                 f"decode.sub_block_size must divide objective.block_size ({self.objective.block_size}), got "
@@ -111,6 +121,27 @@ class TrainConfig:
                 f"data.sample_length must be a multiple of objective.block_size ({self.objective.block_size}), got "
                 f"{self.data.sample_length}."
             )
+
+    def _check_adapt(self) -> None:
+        """Raise a ValueError for what does not go with `adapt`, or would do nothing under it."""
+        if self.adapt == "weights":
+            for name, unused in (("adapter", AdapterSettings()), ("draft", DraftConfig())):
+                if getattr(self, name) != unused:
+                    raise ValueError(f"the section {name} says nothing under adapt weights; set adapt gated_lora.")
+            return
+        if self.strategy not in ("auto", "ddp"):
+            raise ValueError(f"adapt gated_lora needs strategy auto or ddp, got {self.strategy}: nothing to divide.")
+        if self.lora.rank:
+            raise ValueError(f"adapt gated_lora has its rank in adapter.rank; leave lora.rank 0, got {self.lora.rank}.")
+        if self.sample_every:
+            raise ValueError(
+                f"adapt gated_lora writes no text samples, got sample_every {self.sample_every}: verified text is the "
+                "model's own whatever was learnt; train/accepted_length says how far the drafts go."
+            )
+        causal = ObjectiveConfig(context_attention="causal")  # which it implies
+        if self.objective not in (ObjectiveConfig(), causal) or self.decode != DecodeConfig():
+            name = "decode" if self.objective in (ObjectiveConfig(), causal) else "objective"
+            raise ValueError(f"the section {name} says nothing under adapt gated_lora; leave it out, and see draft.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +155,16 @@ class Setup:
     precision: Literal["bf16", "fp16", "fp32"]
     precision_reason: str
     accumulate: int
+
+
+def learnt(config: TrainConfig) -> Objective:
+    """Return the section that says what is learnt."""
+    return config.draft if config.adapt == "gated_lora" else config.objective
+
+
+def has_frozen_weights(config: TrainConfig) -> bool:
+    """Return whether updates beside the weights are trained, and not these."""
+    return config.adapt == "gated_lora" or config.lora.rank > 0
 
 
 def run_folder(config: TrainConfig) -> Path:

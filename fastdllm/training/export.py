@@ -1,6 +1,7 @@
-"""A run's newest complete checkpoint -> HF folder."""
+"""A run's newest complete checkpoint -> HF folder, or the folder of a gated adapter."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -8,7 +9,8 @@ import yaml
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
-from fastdllm.checkpoint import open_checkpoint, save_checkpoint
+from fastdllm.adapter import AdapterSettings, adapter_weights, add_adapter, base_checksum, save_adapter
+from fastdllm.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from fastdllm.config_json import Adaptation
 from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.objective import ObjectiveConfig
@@ -41,6 +43,8 @@ def export_run(run: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
 def write_export(run: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write `<run>/export`: the weights of the newest complete checkpoint, all else from the run's source and config.
 
+    Of a run with adapt gated_lora that is the adapter alone, in PEFT's format.
+
     Raises:
         FileNotFoundError: there is no complete checkpoint yet.
     """
@@ -48,8 +52,48 @@ def write_export(run: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     if snapshot is None:
         raise FileNotFoundError(f"{run / 'checkpoints'} holds no complete checkpoint yet; train longer.")
     config = yaml.safe_load((run / CONFIG_FILE).read_text())
+    folder, source = run / EXPORT_FOLDER, open_checkpoint(config["checkpoint"])
+    if config.get("adapt") == "gated_lora":
+        _write_adapter(folder, snapshot, source, config, dtype)
+    else:
+        _write_model(folder, snapshot, source, config, dtype)
+    write_text(run / EXPORTED_FILE, f"{snapshot.step}\n")
+    print(f"exported step {snapshot.step} to {folder}", flush=True)
+    return folder
+
+
+def _write_adapter(
+    folder: Path, snapshot: Snapshot, source: Checkpoint, config: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Raises a ValueError if the source is not what was trained on, or the updates are not those of the config."""
+    model, trained = source.model(), read_weights(snapshot)
+    if base_checksum(model) != snapshot.frozen_checksum:
+        raise ValueError(
+            f"{snapshot.folder} holds updates of weights with checksum {snapshot.frozen_checksum:08x}, and "
+            f"{source.source} has {base_checksum(model):08x}; put back the checkpoint that the run started from."
+        )
+    add_adapter(model, AdapterSettings(**config["adapter"]), seed=0)
+    expected = adapter_weights(model)
+    if expected.keys() != trained.keys():
+        different = sorted(expected.keys() ^ trained.keys())
+        raise ValueError(
+            f"{snapshot.folder} does not hold the updates of adapter.targets; the first unlike: {different[0]}."
+        )
+    model.qwen.load_state_dict(trained, strict=False)
+    facts = {
+        "window": config["draft"]["window"],
+        "task": config["task"],
+        "data_tokens": snapshot.data_tokens,
+        "revision": code_revision()[0],
+    }
+    save_adapter(model, folder, base=source.portable_source, facts=facts, dtype=dtype)
+
+
+def _write_model(
+    folder: Path, snapshot: Snapshot, source: Checkpoint, config: dict[str, Any], dtype: torch.dtype
+) -> None:
     objective, decode = ObjectiveConfig(**config["objective"]), DecodeConfig(**config["decode"])
-    lora, source = LoraSettings(**config.get("lora", {})), open_checkpoint(config["checkpoint"])
+    lora = LoraSettings(**config.get("lora", {}))
     adaptation = None
     if objective.kind == "block_diffusion":
         adaptation = Adaptation(
@@ -66,11 +110,7 @@ def write_export(run: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     weights = read_weights(snapshot)
     if lora.rank:
         weights = merged_weights(source.model(), weights, lora)
-    folder = run / EXPORT_FOLDER
     save_checkpoint(folder, weights, source.config, source.tokenizer, source.mask_token_id, adaptation, dtype=dtype)
-    write_text(run / EXPORTED_FILE, f"{snapshot.step}\n")
-    print(f"exported step {snapshot.step} to {folder}", flush=True)
-    return folder
 
 
 def exported_step(run: Path) -> int | None:

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from fastdllm.draft import DraftConfig
 from fastdllm.masks import (
     EMPTY,
     BlockMaskBuilder,
@@ -29,11 +30,11 @@ from fastdllm.objective import (
     token_losses,
 )
 from fastdllm.training.compilation import Compilation
+from fastdllm.training.drafting import DraftPass
 from fastdllm.training.lora import frozen_checksum
+from fastdllm.training.meter import Meter, Scores, add_over_processes
 from fastdllm.training.strategies import clip_gradients, gather_whole_layers, shard
 
-NUM_NOISE_BINS = 10
-NEXT_TOKEN_BIN = NUM_NOISE_BINS  # targets of the autoregressive loss have no noise level
 COUNTERS = ("tokens", "rows", "operations", "empty_rows")
 BACKWARD_AND_FORWARD = 3  # the backward pass costs two forward passes: gradients of the inputs and of the weights
 FROZEN_BACKWARD_AND_FORWARD = 2  # no gradients of the weights; what low-rank updates and attention add is not counted
@@ -87,28 +88,14 @@ def learning_rate_factor(step: int, max_steps: int, config: OptimizerConfig) -> 
     return config.min_ratio + (1 - config.min_ratio) * cosine
 
 
-class Scores(NamedTuple):
-    """What a training pass gives: M rows that predict something, filled up with ones of weight 0, and their cost."""
-
-    total: Tensor
-    """float32 []: the losses times their weights, summed; what has a gradient."""
-    loss: Tensor
-    """[M] float32, in nats."""
-    is_correct: Tensor
-    """[M] bool."""
-    targets: Targets
-    """Each [M]."""
-    size: PassSize
-    num_empty_rows: Tensor
-    """int64 []: rows computed that hold nothing, at the ends of samples."""
-
-
 class TrainingPass(nn.Module):
     """One forward pass of the objective; a module of its own because sharding gathers weights around `forward`."""
 
     def __init__(self, model: BlockDiffusionLM, objective: ObjectiveConfig, sample_length: int):
         super().__init__()
         self.model, self.objective, self.shape = model, objective, objective.sample_shape(sample_length)
+        is_frozen = any(not parameter.requires_grad for parameter in model.parameters())
+        self.num_passes = FROZEN_BACKWARD_AND_FORWARD if is_frozen else BACKWARD_AND_FORWARD
         self._builders: dict[tuple, BlockMaskBuilder] = {}
 
     def forward(self, batch: dict[str, Tensor]) -> Scores:
@@ -128,7 +115,16 @@ class TrainingPass(nn.Module):
         )
         seen = [count_attention_pairs(some, objective.block_size, self._context) for some in (rows, queries)]
         size = PassSize(tokens.numel(), targets.token.numel(), seen[0].sum(), seen[1].sum(), targets.token.numel())
-        return Scores(total, loss, is_correct, targets, size, (rows.document == EMPTY).sum())
+        operations = self.num_passes * forward_flops(model.qwen.config, size)
+        return Scores(total, loss, is_correct, targets, tokens.numel(), operations, (rows.document == EMPTY).sum())
+
+    def use_training_form(self, recompute: Recompute, is_compiled: bool) -> None:
+        """Run all layers in their form for training from now on."""
+        self.model.use_training_form(recompute, is_compiled)
+
+    def new_meter(self, device: torch.device, num_steps: int = 1) -> Meter:
+        """Return what counts scores of this pass."""
+        return Meter(device, num_steps)
 
     @property
     def _context(self) -> ContextAttention:
@@ -155,63 +151,6 @@ class TrainingPass(nn.Module):
         return self._builders[shape].build(rows, queries)
 
 
-class Meter:
-    """Sums of loss, correct predictions and targets by noise level over some batches, on the device in float64.
-
-    A clean row that predicts its next token for both reasons (first_token clean, ar_loss_weight) counts by noise level.
-    """
-
-    def __init__(self, device: torch.device, num_steps: int = 1):
-        self.num_steps = torch.tensor(num_steps, device=device)  # whose losses `objective` adds up
-        self.sums = torch.zeros(3 * (NUM_NOISE_BINS + 1) + 2, dtype=torch.float64, device=device)
-        self.bins = self.sums[:-2].view(-1, 3)  # loss, correct, targets
-        self.objective, self.num_tokens = self.sums[-2:]
-
-    def add(self, scores: Scores, objective: Tensor, num_tokens: Tensor) -> None:
-        """Count a micro-batch; `objective` [] is its part of the step's loss, before any scaling for averages."""
-        level = scores.targets.noise_level
-        index = (level.nan_to_num(0.0) * NUM_NOISE_BINS).long().clamp(max=NUM_NOISE_BINS - 1)
-        index = torch.where(level.isnan(), NEXT_TOKEN_BIN, index)
-        member = nn.functional.one_hot(index, NUM_NOISE_BINS + 1).double()  # [M, bins]; a product has a fixed order
-        member *= (scores.targets.weight > 0)[:, None]
-        values = torch.stack([scores.loss.detach(), scores.is_correct, torch.ones_like(scores.loss)], dim=1).double()
-        self.bins += member.T @ values
-        self.objective += objective.detach()
-        self.num_tokens += num_tokens.sum()
-
-    def add_step(self, step: "Meter", is_skipped: Tensor) -> None:
-        """Count what another meter counted in one optimizer step, unless `is_skipped`, bool []."""
-        self.num_steps += ~is_skipped
-        self.sums += torch.where(is_skipped, 0.0, step.sums)  # not a product: the sums may hold NaN
-
-    def read(self) -> dict[str, float]:
-        """Return means over the steps and all processes, which must all call this; what is empty is left out."""
-        *flat, objective, num_tokens = add_over_processes(self.sums).tolist()
-        num_steps = int(self.num_steps)
-        bins = [flat[start : start + 3] for start in range(0, len(flat), 3)]
-        noised = [sum(column) for column in zip(*bins[:NUM_NOISE_BINS], strict=True)]
-        values = {"loss": objective / num_steps} if num_steps else {}
-        if noised[2]:
-            values |= {"masked_accuracy": noised[1] / noised[2], "masked_fraction": noised[2] / (2 * num_tokens)}
-        if bins[NEXT_TOKEN_BIN][2]:
-            loss, correct, count = bins[NEXT_TOKEN_BIN]
-            values |= {"next_token_loss": loss / count, "next_token_accuracy": correct / count}
-        for number, (loss, correct, count) in enumerate(bins[:NUM_NOISE_BINS]):
-            if count:
-                name = f"{number / NUM_NOISE_BINS:.1f}-{(number + 1) / NUM_NOISE_BINS:.1f}"
-                values |= {f"loss_by_noise/{name}": loss / count, f"accuracy_by_noise/{name}": correct / count}
-        return values
-
-
-def add_over_processes(values: Tensor) -> Tensor:
-    """Return the element-wise sum over all processes; with one process, `values`."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    total = values.clone()
-    torch.distributed.all_reduce(total)
-    return total
-
-
 class AdaptModule(LightningModule):
     """Owns the model in training; promises a gradient that does not depend on how a step is split into micro-batches.
 
@@ -223,7 +162,7 @@ class AdaptModule(LightningModule):
         self,
         model: BlockDiffusionLM,
         *,
-        objective: ObjectiveConfig,
+        objective: ObjectiveConfig | DraftConfig,
         optimizer: OptimizerConfig,
         max_steps: int,
         log_every: int,
@@ -233,7 +172,10 @@ class AdaptModule(LightningModule):
         recompute: Recompute = "none",
     ):
         super().__init__()
-        self.scoring = TrainingPass(model.train(), objective, sample_length)
+        if isinstance(objective, DraftConfig):
+            self.scoring = DraftPass(model.train(), objective)
+        else:
+            self.scoring = TrainingPass(model.train(), objective, sample_length)
         self.recompute = recompute
         self.optimizer_config, self.max_steps, self.log_every = optimizer, max_steps, log_every
         self.compute_dtype, self.compile_layers = compute_dtype, compile_layers
@@ -247,7 +189,6 @@ class AdaptModule(LightningModule):
         self.validation_meter: Meter | None = None
         self.counters: Tensor | None = None  # float64 since this start, see COUNTERS
         self.gradient_norm: Tensor | None = None
-        self.num_passes = FROZEN_BACKWARD_AND_FORWARD if self._frozen() else BACKWARD_AND_FORWARD
         self.compilation = Compilation()
         self._is_configured = False
 
@@ -262,7 +203,7 @@ class AdaptModule(LightningModule):
         notes for good which functions torch has. The loss, compiled later, would break where it calls the true ones.
         """
         torch._dynamo.config.optimize_ddp = False  # it would cut the layers' graphs at the buckets of DDP
-        self.model.use_training_form(self.recompute, self.compile_layers)
+        self.scoring.use_training_form(self.recompute, self.compile_layers)
         gather_whole_layers(self.trainer.strategy, self.model.qwen.model.layers, self.compile_layers)
 
     def configure_model(self) -> None:
@@ -319,20 +260,19 @@ class AdaptModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.float64, device=self.device)
-        self.meter = Meter(self.device, num_steps=0)
+        self.meter = self.scoring.new_meter(self.device, num_steps=0)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the micro-batch's part of the loss, scaled for the mean over processes and micro-batches to come."""
         accumulate = self.trainer.accumulate_grad_batches
         if batch_idx % accumulate == 0:
             self.step_loss = torch.zeros((), device=self.device)
-            self.step_meter = Meter(self.device)
+            self.step_meter = self.scoring.new_meter(self.device)
         with self.compilation.settled():
             scores, objective = self._score(batch)
         self.step_loss += objective.detach()
         self.step_meter.add(scores, objective, batch["num_tokens"])
-        flops = self.num_passes * forward_flops(self.model.qwen.config, scores.size)
-        counts = (batch["num_tokens"].sum(), scores.size.num_rows, flops, scores.num_empty_rows)
+        counts = (batch["num_tokens"].sum(), scores.num_rows, scores.operations, scores.num_empty_rows)
         for number, count in enumerate(counts):
             self.counters[number] += count
         finite = 1 + 0 * objective.detach()  # else NaN, so that a loss of inf is found in the gradients
@@ -351,7 +291,7 @@ class AdaptModule(LightningModule):
         return step == 1 or step % self.log_every == 0 or step == self.max_steps
 
     def on_validation_start(self) -> None:
-        self.validation_meter = Meter(self.device)
+        self.validation_meter = self.scoring.new_meter(self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         scores, objective = self._score(batch)

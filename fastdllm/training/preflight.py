@@ -38,6 +38,8 @@ class MemoryPlan:
     recompute: Recompute = "none"
     num_lora_parameters: int = 0
     """Values trained beside frozen weights; 0: all weights are trained."""
+    kept_of_context: int = 0
+    """Values kept of a sample's rows that have no gradient."""
 
     @property
     def num_bytes(self) -> int:
@@ -47,7 +49,7 @@ class MemoryPlan:
         sharded = SHARDED_PARTS.get(self.strategy, (False, False, False))
         states = sum(part / (self.world_size if cut else 1) for part, cut in zip(parts, sharded, strict=True))
         per_row = KEPT_VALUES_PER_ROW[self.recompute] * math.sqrt(self.num_parameters)
-        values = per_row * self.micro_batch_size * self.rows_per_sample
+        values = (per_row * self.rows_per_sample + self.kept_of_context) * self.micro_batch_size
         overhead = CUDA_OVERHEAD_BYTES if self.is_cuda else 0
         value_bytes = 2 if self.is_half_precision else 4
         weights = states * self.num_parameters

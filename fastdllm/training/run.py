@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
+from fastdllm.adapter import add_adapter, num_adapter_parameters
 from fastdllm.checkpoint import Checkpoint, empty_model, load_checkpoint
 from fastdllm.cli import to_yaml
 from fastdllm.data.datamodule import AdaptDataModule
@@ -18,7 +19,15 @@ from fastdllm.data.sources import check_source
 from fastdllm.masks import FLEX_TILE
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.runtime import device_name, memory_bytes, pick_device, write_text
-from fastdllm.training.config import DTYPES, Setup, TrainConfig, resolve, run_folder
+from fastdllm.training.config import (
+    DTYPES,
+    Setup,
+    TrainConfig,
+    has_frozen_weights,
+    learnt,
+    resolve,
+    run_folder,
+)
 from fastdllm.training.export import EXPORT_FOLDER, exported_step, write_export
 from fastdllm.training.lora import add_lora, num_lora_parameters
 from fastdllm.training.module import AdaptModule
@@ -65,6 +74,7 @@ def train(config: TrainConfig) -> Path | None:
         if is_first:
             preflight(config, setup)
         source = load_checkpoint(config.checkpoint, dtype=_source_dtype(config, setup))
+        _check_source(config, source)
         if is_first:
             _open_run(config, snapshot)
         if not is_done:
@@ -119,6 +129,13 @@ def preflight(config: TrainConfig, setup: Setup) -> None:
     device, length = pick_device(setup.accelerator), config.data.sample_length
     if device.type == "cuda" and length % FLEX_TILE:
         raise ValueError(f"data.sample_length must be a multiple of {FLEX_TILE} (FlexAttention's tile), got {length}.")
+    num_targets = learnt(config).sample_shape(length).num_targets
+    if device.type == "cuda" and config.adapt == "gated_lora" and num_targets % FLEX_TILE:
+        raise ValueError(
+            f"draft.rows_per_token {config.draft.rows_per_token:g} gives a sample {num_targets} rows of windows, which "
+            f"must be a multiple of {FLEX_TILE} (FlexAttention's tile); try {max(1, num_targets // FLEX_TILE)} x "
+            f"{FLEX_TILE} / {length}."
+        )
     plan = memory_plan(config, setup, empty_model(config.checkpoint))
     free = memory_bytes(device) // (1 if device.type == "cuda" else setup.devices)  # CPU processes share it
     check_memory(plan, free, device_name(device))
@@ -134,6 +151,17 @@ def preflight(config: TrainConfig, setup: Setup) -> None:
     )
 
 
+def _check_source(config: TrainConfig, source: Checkpoint) -> None:
+    """Raise a ValueError if a gated adapter could not be verified by the source: by clean rows, token by token."""
+    adaptation = source.adaptation
+    if config.adapt == "gated_lora" and adaptation is not None and adaptation.context_attention != "causal":
+        raise ValueError(
+            f"adapt gated_lora needs a model that writes token by token, and {config.checkpoint} was adapted with "
+            f"context_attention {adaptation.context_attention}; start from the model that it was made of "
+            f"({adaptation.base or 'not remembered'})."
+        )
+
+
 def memory_plan(config: TrainConfig, setup: Setup, model: nn.Module) -> MemoryPlan:
     """Return what decides the memory of one process; `model` is a Qwen2ForCausalLM, which may be without storage."""
     return MemoryPlan(
@@ -142,16 +170,37 @@ def memory_plan(config: TrainConfig, setup: Setup, model: nn.Module) -> MemoryPl
         is_half_precision=setup.precision != "fp32",
         world_size=setup.world_size,
         micro_batch_size=config.micro_batch_size,
-        rows_per_sample=config.objective.sample_shape(config.data.sample_length).num_rows,
+        rows_per_sample=_rows_with_gradient(config),
         is_cuda=setup.accelerator == "cuda",
         recompute=config.recompute,
-        num_lora_parameters=num_lora_parameters(model, config.lora),
+        num_lora_parameters=_num_updates(config, model),
+        kept_of_context=_kept_of_context(config, model),
     )
+
+
+def _num_updates(config: TrainConfig, model: nn.Module) -> int:
+    if config.adapt == "gated_lora":
+        return num_adapter_parameters(model, config.adapter)
+    return num_lora_parameters(model, config.lora)
+
+
+def _rows_with_gradient(config: TrainConfig) -> int:
+    """Return the rows of a sample that the backward pass goes through."""
+    shape = learnt(config).sample_shape(config.data.sample_length)
+    return shape.num_targets if config.adapt == "gated_lora" else shape.num_rows
+
+
+def _kept_of_context(config: TrainConfig, model: nn.Module) -> int:
+    """Return the values of a sample's rows without gradient that are kept: keys and values of each layer."""
+    if config.adapt != "gated_lora":
+        return 0
+    attention = [module for name, module in model.named_modules() if name.endswith((".k_proj", ".v_proj"))]
+    return config.data.sample_length * sum(module.out_features for module in attention)
 
 
 def _source_dtype(config: TrainConfig, setup: Setup) -> torch.dtype:
     """Return the dtype that the source's weights are loaded in: frozen ones in what is computed in."""
-    return DTYPES[setup.precision] if config.lora.rank else torch.float32
+    return DTYPES[setup.precision] if has_frozen_weights(config) else torch.float32
 
 
 def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapshot | None, stop: StopOnSignal) -> None:
@@ -160,18 +209,9 @@ def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapsh
     if setup.accelerator == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
         warnings.filterwarnings("error", message="flex_attention called without torch.compile")
-    is_autoregressive = config.objective.kind == "autoregressive"
-    model = BlockDiffusionLM(
-        source.qwen,
-        block_size=config.objective.block_size,
-        mask_token_id=source.mask_token_id,
-        context_attention="causal" if is_autoregressive else config.objective.context_attention,
-    )
-    if config.lora.rank:
-        add_lora(model, config.lora, config.seed)
     module = AdaptModule(
-        model,
-        objective=config.objective,
+        _make_model(config, source),
+        objective=learnt(config),
         optimizer=config.optimizer,
         max_steps=config.max_steps,
         log_every=config.log_every,
@@ -184,7 +224,7 @@ def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapsh
         config.data,
         source.tokenizer,
         mask_token_id=source.mask_token_id,
-        objective=config.objective,
+        objective=learnt(config),
         seed=config.seed,
         micro_batch_size=config.micro_batch_size,
     )
@@ -199,3 +239,19 @@ def _fit(config: TrainConfig, setup: Setup, source: Checkpoint, snapshot: Snapsh
         run_folder(config), name="", version="tensorboard", purge_step=snapshot.step + 1 if snapshot else 1
     )
     trainer.fit(module, data, ckpt_path=snapshot.state if snapshot else None)
+
+
+def _make_model(config: TrainConfig, source: Checkpoint) -> BlockDiffusionLM:
+    """Return the source's model, with the updates that the config asks for."""
+    is_causal = config.objective.kind == "autoregressive" or config.adapt == "gated_lora"
+    model = BlockDiffusionLM(
+        source.qwen,
+        block_size=config.objective.block_size,
+        mask_token_id=source.mask_token_id,
+        context_attention="causal" if is_causal else config.objective.context_attention,
+    )
+    if config.adapt == "gated_lora":
+        add_adapter(model, config.adapter, config.seed)
+    elif config.lora.rank:
+        add_lora(model, config.lora, config.seed)
+    return model

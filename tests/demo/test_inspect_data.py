@@ -5,6 +5,7 @@ from rich.console import Console
 
 from fastdllm.data.datamodule import DataConfig
 from fastdllm.demo.inspect_data import MASKED, inspect_data, main
+from fastdllm.draft import DraftConfig
 from fastdllm.objective import ObjectiveConfig
 
 
@@ -39,3 +40,15 @@ def test_the_command_reads_a_training_config(tmp_path, byte_tokenizer, tiny_qwen
     )
     main(["--config", str(tmp_path / "run.yaml"), "--rows", "1"])
     assert "view b" in capsys.readouterr().out
+
+
+def test_windows_are_marked_in_the_clean_text(tmp_path, byte_tokenizer):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "One and one?", "response": "That makes two."}))
+    data = DataConfig(path=str(tmp_path / "a.jsonl"), sample_length=64, cache_dir=str(tmp_path), num_workers=0)
+    output, mask_token_id = io.StringIO(), byte_tokenizer.convert_tokens_to_ids("|<MASK>|")
+    console = Console(file=output, width=100)
+    draft = DraftConfig(window=16, rows_per_token=1.0)
+    inspect_data(data, draft, 0, byte_tokenizer, mask_token_id, rows=1, console=console)
+    text = output.getvalue()
+    assert "4 of 4 windows of 16 mask rows drawn" in text and "view a" not in text
+    assert text.split("sample 0")[1].count("│") == 4

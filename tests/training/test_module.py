@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdllm.model import PassSize
 from fastdllm.objective import Targets
-from fastdllm.training.module import Meter, OptimizerConfig, Scores, learning_rate_factor
+from fastdllm.training.meter import Meter, Scores
+from fastdllm.training.module import OptimizerConfig, learning_rate_factor
 from fastdllm.training.strategies import clip_gradients
 
 
@@ -35,7 +35,7 @@ def test_meter_sorts_targets_by_noise_level_and_next_token_apart():
     )
     loss = torch.tensor([1.0, 2.0, 4.0, 6.0, 100.0, 50.0])
     is_correct = torch.tensor([True, False, True, False, True, True])
-    scores = Scores(torch.tensor(0.0), loss, is_correct, targets, PassSize(0, 0, 0, 0, 0), torch.tensor(0))
+    scores = Scores(torch.tensor(0.0), loss, is_correct, targets, 0, 0, torch.tensor(0))
     meter.add(scores, torch.tensor(2.5), torch.tensor([3, 5]))
     values = meter.read()
     assert values["loss"] == 2.5
