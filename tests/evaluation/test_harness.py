@@ -7,6 +7,7 @@ from lm_eval.api.instance import Instance
 from fastdllm.checkpoint import load_checkpoint
 from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.evaluation import harness
+from fastdllm.evaluation.arguments import parse_arguments
 from fastdllm.evaluation.config import EvaluateConfig
 from fastdllm.evaluation.harness import FastDLLMv2, published_prompt, run_task
 from fastdllm.evaluation.likelihood import masked_row
@@ -247,3 +248,11 @@ def test_gsm8k_runs_from_local_files_without_a_network(adapted, offline, monkeyp
     assert result.metric == "exact_match,flexible-extract" and len(result.problems) == 2
     assert "Please reason step by step" in result.problems[0]["prompt"]
     assert result.problems[0]["prompt"].count("Question:") == 1  # 0-shot
+
+
+def test_options_of_blocks_are_refused_with_policy_verified():
+    arguments = parse_arguments({"policy": "verified", "draft_length": 6, "draft_groups": "0+3"})
+    assert arguments.decode.draft_plan == (6, (0, 3)) and arguments.decode.is_verified
+    for name, value in (("use_block_cache", True), ("small_block_size", 4)):
+        with pytest.raises(ValueError, match=f"model argument {name} does nothing with policy verified"):
+            parse_arguments({"policy": "verified", name: value})
