@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 def kill_evaluation(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = importlib.import_module("kill_evaluation")
-    forked.context.set_forkserver_preload(forked.PRELOAD)  # one server serves other tests too
+    forked.ensure_server()  # instead of its own: one serves other tests too
     return module
 
 

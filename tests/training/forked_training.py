@@ -35,9 +35,9 @@ class ForkedTraining:
         file.write_text(to_yaml(config))
         self.log = file.with_suffix(".out")
         self.log.write_text("")
-        environment = {"DS_ACCELERATOR": "cpu"}
+        environment = {}
         if config.devices > 1:
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
         self.processes = []
         for rank in range(config.devices):
             own = {"LOCAL_RANK": str(rank)} if config.devices > 1 else {}
