@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from fastdllm.demo import doctor, fit, machine, requirements
 from fastdllm.demo.requirements import Finding, check_libraries, read_requirements
 from fastdllm.runtime import get_optimal_dtype, pick_device
 from fastdllm.training.config import TrainConfig
+from fastdllm.training.lora import LoraSettings
+from fastdllm.training.strategies import StrategyName
 
 GPUS = {
     "A40": ("NVIDIA A40", (8, 6), 44.4),
@@ -258,6 +261,15 @@ def test_strategies_are_compared_and_what_does_not_fit_stands_in_brackets(make_g
     ddp, stage_3 = told["  ddp"].split(), told["  deepspeed_stage_3"].split()
     assert ddp == ["(63.2)"] * 3
     assert len(stage_3) == 3 and float(stage_3[-1]) < GPUS["A40"][2]
+
+
+def test_low_rank_updates_are_not_divided(make_gpu, make_config):
+    make_gpu("A40")
+    told = texts(fit.check_run(make_config(lora=LoraSettings(rank=4))))
+    assert [name for name in told if name.startswith("  ") and name.strip() in get_args(StrategyName)] == [
+        "  auto",
+        "  ddp",
+    ]
 
 
 def test_a_run_that_does_not_fit_says_what_would_and_fails(make_gpu, make_config, tmp_path, capsys, monkeypatch):
