@@ -86,7 +86,14 @@ def distill(arguments: list[str]) -> None:
     main(arguments)
 
 
+def doctor(arguments: list[str]) -> None:
+    from fastdllm.demo.doctor import main
+
+    main(arguments)
+
+
 COMMANDS = {
+    "doctor": doctor,
     "export": export,
     "convert": convert,
     "curves": curves,

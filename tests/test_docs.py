@@ -29,6 +29,7 @@ RUN = {  # commands that end in seconds as they stand or with these options
     "python train.py --help": "",
     "python evaluate.py --help": "",
     "python -m fastdllm inspect-data --config configs/demo.yaml": "--rows 1",
+    "python -m fastdllm doctor --config configs/demo.yaml": "",
     "python -m fastdllm export --run runs/demo": "",
     "python -m fastdllm curves --runs [runs/demo] --output demo.png": "",
     "python -m fastdllm.evaluation.plots": "",

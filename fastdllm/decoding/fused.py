@@ -196,17 +196,22 @@ def can_fuse(model: BlockDiffusionLM) -> bool:
 _MATRICES = tuple(f"self_attn.{name}_proj" for name in "qkvo") + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-def default_kernels(device: torch.device) -> Operations | ModuleType:
-    """Return Triton's kernels for a GPU from Ampere on, plain torch for anything else.
+def takes_triton(device: torch.device) -> bool:
+    """Return whether passes there are made of Triton's kernels: on GPUs from Ampere on; it has no matrix products for
+    older ones."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
-    Triton has no matrix products for older GPUs; the tiles measured on Hopper need more shared memory than others have.
+
+def default_kernels(device: torch.device) -> Operations | ModuleType:
+    """Return Triton's kernels for a GPU that takes them, plain torch for anything else.
+
+    The tiles measured on Hopper need more shared memory than other GPUs have.
     """
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if capability < (8, 0):
+    if not takes_triton(device):
         return operations
     from fastdllm.decoding.kernels import Kernels  # Triton comes with torch for GPUs alone
 
-    is_hopper = capability[0] == 9
+    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
     return Kernels(None if is_hopper else {}, overlap=is_hopper)
 
 

@@ -1,16 +1,20 @@
-"""What a run needs, checked before any weights are loaded: data, source model and memory."""
+"""What a run needs, checked before any weights are loaded: data, source model, memory and disk."""
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from fastdllm.model import Recompute
+from fastdllm.objective import LOGITS_PER_PART
 from fastdllm.training.strategies import StrategyName
 
 GIB = 2**30
 # Bytes per parameter: weights, gradients, and what AdamW keeps (two running means; DeepSpeed in half precision also the
-# float32 weights). Autocast keeps half-precision copies of the weights during a pass: two more on the weights' side.
-MIXED_BYTES = {"auto": (6, 4, 8), "ddp": (6, 4, 8), "deepspeed": (2, 2, 12), "fsdp2": (4, 4, 8)}
-FLOAT32_BYTES = {"auto": (4, 4, 8), "ddp": (4, 4, 8), "deepspeed": (4, 4, 12), "fsdp2": (4, 4, 8)}
+# float32 weights). ddp with several micro-batches a step took 4 bytes more than one GPU (66.4 and 60.2 GB at 1.5B):
+# gradients of earlier micro-batches seem to stand beside the buckets that they go into.
+# Half-precision copies of the weights are made anew by each product, so they are not there at the peak.
+MIXED_BYTES = {"auto": (4, 4, 8), "ddp": (4, 8, 8), "deepspeed": (2, 2, 12), "fsdp2": (4, 4, 8)}
+FLOAT32_BYTES = {"auto": (4, 4, 8), "ddp": (4, 8, 8), "deepspeed": (4, 4, 12), "fsdp2": (4, 4, 8)}
 # Which of the three are divided among the processes.
 SHARDED_PARTS = {
     "deepspeed_stage_1": (False, False, True),
@@ -18,22 +22,81 @@ SHARDED_PARTS = {
     "deepspeed_stage_3": (True, True, True),
     "fsdp2": (True, True, True),
 }
-# Values kept for the backward pass per row, as a multiple of sqrt(parameters), by what is recomputed. Measured on one
-# H100 at 0.5B and 1.5B: 22 and 24 without, 13 and 14.5 selectively; "full" keeps a width per layer and one layer.
-KEPT_VALUES_PER_ROW = {"none": 24, "selective": 14.5, "full": 4}
-CUDA_OVERHEAD_BYTES = 4 * GIB  # context, kernels, and a part of the logits
+CUDA_RESERVE_BYTES = 2 * GIB  # context, kernels, and what the allocator has but cannot use; in no measured peak
+EXPORT_BYTES = 2  # per parameter: bfloat16
+
+
+class ModelShape(NamedTuple):
+    """The sizes of a Qwen2 that memory follows from."""
+
+    num_parameters: int
+    """A tied embedding counts once."""
+    num_layers: int
+    width: int
+    """C."""
+    query_width: int
+    """H * E."""
+    key_width: int
+    """G * E."""
+    inner_width: int
+    """Of the MLP."""
+    vocab_size: int
+
+
+class MemoryParts(NamedTuple):
+    """Bytes of one process at the end of a forward pass, which is where the peak is."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept for the backward pass (`kept_values`)."""
+    head: int
+    """LM head: its float32 gradient and its half-precision copy, where there are, and a part of the logits."""
+    reserve: int
+    """What CUDA takes beside tensors."""
+
+
+def kept_values(shape: ModelShape, recompute: Recompute, num_rows: int, num_targets: int) -> int:
+    """Return how many values compiled layers keep for the backward pass of one sample.
+
+    With C, Q, K, F for the widths of rows, queries, keys and MLP, a layer keeps for each row:
+
+        none       4C + 4Q + 3F   its input and the sum behind attention, both also normed; queries, keys and values
+                                  (these two repeated for every query head), attention's output; gate, up, product
+        selective  2C + 2Q + 2K + 2F   its input, and the outputs of products and attention: query, key, value,
+                                  attended, projected, gate and up; of `down` only what is the next layer's input
+        full       C              its input; and in its turn one layer all of `none`, with as many gradients
+
+    The last layer keeps what lies behind its keys and values for the rows that predict something alone. Uncompiled
+    layers keep about a quarter more.
+
+    Args:
+        num_rows: rows of the sample through the layers; num_targets: of those, rows that predict something.
+    """
+    C, Q, K, F = shape.width, shape.query_width, shape.key_width, shape.inner_width
+    for_all, for_targets = {  # up to keys and values; behind them
+        "none": (2 * C + 2 * Q, 2 * C + 2 * Q + 3 * F),
+        "selective": (C + 2 * K, C + 2 * Q + 2 * F),
+        "full": (C, 0),
+    }[recompute]
+    kept = shape.num_layers * num_rows * for_all + ((shape.num_layers - 1) * num_rows + num_targets) * for_targets
+    recomputed = 2 * num_rows * (4 * C + 4 * Q + 3 * F) if recompute == "full" else 0
+    return kept + recomputed
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """What decides the memory of one process."""
 
-    num_parameters: int
+    shape: ModelShape
     strategy: StrategyName
     is_half_precision: bool
     world_size: int
     micro_batch_size: int
     rows_per_sample: int
+    targets_per_sample: int
+    """Rows of a sample that predict something."""
     is_cuda: bool
     recompute: Recompute = "none"
     num_lora_parameters: int = 0
@@ -42,20 +105,54 @@ class MemoryPlan:
     """Values kept of a sample's rows that have no gradient."""
 
     @property
-    def num_bytes(self) -> int:
-        """An estimate of the peak, good to about 15 % for Qwen2.5 shapes."""
+    def num_parameters(self) -> int:
+        return self.shape.num_parameters
+
+    @property
+    def parts(self) -> MemoryParts:
+        """An estimate; without the reserve within 5 % of the peaks measured (0.5B and 1.5B, one and two H100s)."""
         table = MIXED_BYTES if self.is_half_precision else FLOAT32_BYTES
-        parts = table["deepspeed" if self.strategy.startswith("deepspeed") else self.strategy]
+        each = table["deepspeed" if self.strategy.startswith("deepspeed") else self.strategy]
         sharded = SHARDED_PARTS.get(self.strategy, (False, False, False))
-        states = sum(part / (self.world_size if cut else 1) for part, cut in zip(parts, sharded, strict=True))
-        per_row = KEPT_VALUES_PER_ROW[self.recompute] * math.sqrt(self.num_parameters)
-        values = (per_row * self.rows_per_sample + self.kept_of_context) * self.micro_batch_size
-        overhead = CUDA_OVERHEAD_BYTES if self.is_cuda else 0
-        value_bytes = 2 if self.is_half_precision else 4
-        weights = states * self.num_parameters
+        states = [part / (self.world_size if cut else 1) for part, cut in zip(each, sharded, strict=True)]
+        trained = self.num_lora_parameters or self.num_parameters
+        weights, gradients, optimizer = (int(part * trained) for part in states)
         if self.num_lora_parameters:  # frozen weights need neither gradients nor an optimizer
-            weights = value_bytes * self.num_parameters + states * self.num_lora_parameters
-        return int(weights + values * value_bytes + overhead)
+            weights += self._value_bytes * self.num_parameters
+        values = kept_values(self.shape, self.recompute, self.rows_per_sample, self.targets_per_sample)
+        values += self.kept_of_context
+        activations = self._value_bytes * self.micro_batch_size * values
+        return MemoryParts(
+            weights, gradients, optimizer, activations, self._head_bytes, CUDA_RESERVE_BYTES if self.is_cuda else 0
+        )
+
+    @property
+    def _value_bytes(self) -> int:
+        return 2 if self.is_half_precision else 4
+
+    @property
+    def _head_bytes(self) -> int:
+        matrix = self.shape.vocab_size * self.shape.width
+        is_copied = self.is_half_precision and not self.num_lora_parameters and not self.strategy.startswith("deep")
+        logits = min(self.micro_batch_size * self.targets_per_sample * self.shape.vocab_size, LOGITS_PER_PART)
+        gradient = 0 if self.num_lora_parameters else 4
+        return matrix * (gradient + 2 * is_copied) + self._value_bytes * logits
+
+    @property
+    def num_bytes(self) -> int:
+        """An estimate of the peak of one process."""
+        return sum(self.parts)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint on disk, of all processes: float32 weights and AdamW's means; of DeepSpeed also the
+        weights that it computes with. Frozen weights are in none."""
+        own = self._value_bytes if self.strategy.startswith("deepspeed") else 0
+        return (12 + own) * (self.num_lora_parameters or self.num_parameters)
+
+    def disk_bytes(self, keep_checkpoints: int) -> int:
+        """Return what the run folder comes to: the checkpoints kept, one more being written, and the export."""
+        return (keep_checkpoints + 1) * self.checkpoint_bytes + EXPORT_BYTES * self.num_parameters
 
     def changed(self, **changes) -> "MemoryPlan":
         """Return the plan with other values."""

@@ -31,7 +31,7 @@ from fastdllm.training.config import (
 from fastdllm.training.export import EXPORT_FOLDER, exported_step, write_export
 from fastdllm.training.lora import add_lora, num_lora_parameters
 from fastdllm.training.module import AdaptModule
-from fastdllm.training.preflight import MemoryPlan, check_host_memory, check_memory
+from fastdllm.training.preflight import MemoryPlan, ModelShape, check_host_memory, check_memory
 from fastdllm.training.requeue import StopOnSignal, leave
 from fastdllm.training.resume import CONFIG_FILE, check_run, locked, make_ready, remove_run
 from fastdllm.training.snapshots import Snapshot, newest_complete, remove_leftovers
@@ -123,24 +123,10 @@ def preflight(config: TrainConfig, setup: Setup) -> None:
     Raises:
         ValueError, FileNotFoundError: something is missing; the message says what would do.
     """
-    check_source(config.data)
-    if config.data.validation_path:
-        check_source(config.data.validation_source)
-    device, length = pick_device(setup.accelerator), config.data.sample_length
-    if device.type == "cuda" and length % FLEX_TILE:
-        raise ValueError(f"data.sample_length must be a multiple of {FLEX_TILE} (FlexAttention's tile), got {length}.")
-    num_targets = learnt(config).sample_shape(length).num_targets
-    if device.type == "cuda" and config.adapt == "gated_lora" and num_targets % FLEX_TILE:
-        raise ValueError(
-            f"draft.rows_per_token {config.draft.rows_per_token:g} gives a sample {num_targets} rows of windows, which "
-            f"must be a multiple of {FLEX_TILE} (FlexAttention's tile); try {max(1, num_targets // FLEX_TILE)} x "
-            f"{FLEX_TILE} / {length}."
-        )
+    check_data(config, setup)
     plan = memory_plan(config, setup, empty_model(config.checkpoint))
-    free = memory_bytes(device) // (1 if device.type == "cuda" else setup.devices)  # CPU processes share it
-    check_memory(plan, free, device_name(device))
-    weight_bytes = plan.num_parameters * _source_dtype(config, setup).itemsize
-    check_host_memory(weight_bytes, setup.devices, memory_bytes(torch.device("cpu")))
+    check_fit(config, setup, plan)
+    device = pick_device(setup.accelerator)
     print(
         f"{run_folder(config)}: {plan.num_parameters / 1e6:,.1f}M parameters of {config.checkpoint} on "
         f"{setup.world_size} x {device_name(device)}, strategy {setup.strategy}, about "
@@ -162,15 +148,47 @@ def _check_source(config: TrainConfig, source: Checkpoint) -> None:
         )
 
 
+def check_data(config: TrainConfig, setup: Setup) -> None:
+    """Raise ValueError or FileNotFoundError for data that cannot be reached, or samples of a length that cannot be."""
+    check_source(config.data)
+    if config.data.validation_path:
+        check_source(config.data.validation_source)
+    length = config.data.sample_length
+    if setup.accelerator == "cuda" and length % FLEX_TILE:
+        raise ValueError(f"data.sample_length must be a multiple of {FLEX_TILE} (FlexAttention's tile), got {length}.")
+    num_targets = learnt(config).sample_shape(length).num_targets
+    if setup.accelerator == "cuda" and config.adapt == "gated_lora" and num_targets % FLEX_TILE:
+        raise ValueError(
+            f"draft.rows_per_token {config.draft.rows_per_token:g} gives a sample {num_targets} rows of windows, which "
+            f"must be a multiple of {FLEX_TILE} (FlexAttention's tile); try {max(1, num_targets // FLEX_TILE)} x "
+            f"{FLEX_TILE} / {length}."
+        )
+
+
+def check_fit(config: TrainConfig, setup: Setup, plan: MemoryPlan) -> None:
+    """Raise a ValueError that says what would fit, if the memory of a device or of this machine is too small."""
+    device = pick_device(setup.accelerator)
+    check_memory(plan, free_bytes(setup), device_name(device))
+    weight_bytes = plan.num_parameters * _source_dtype(config, setup).itemsize
+    check_host_memory(weight_bytes, setup.devices, memory_bytes(torch.device("cpu")))
+
+
+def free_bytes(setup: Setup) -> int:
+    """Return the free memory for one process: that of its GPU, or its share of the machine's."""
+    free = memory_bytes(pick_device(setup.accelerator))
+    return free if setup.accelerator == "cuda" else free // setup.devices
+
+
 def memory_plan(config: TrainConfig, setup: Setup, model: nn.Module) -> MemoryPlan:
     """Return what decides the memory of one process; `model` is a Qwen2ForCausalLM, which may be without storage."""
     return MemoryPlan(
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        shape=model_shape(model),
         strategy=setup.strategy,
         is_half_precision=setup.precision != "fp32",
         world_size=setup.world_size,
         micro_batch_size=config.micro_batch_size,
         rows_per_sample=_rows_with_gradient(config),
+        targets_per_sample=learnt(config).sample_shape(config.data.sample_length).num_targets,
         is_cuda=setup.accelerator == "cuda",
         recompute=config.recompute,
         num_lora_parameters=_num_updates(config, model),
@@ -196,6 +214,20 @@ def _kept_of_context(config: TrainConfig, model: nn.Module) -> int:
         return 0
     attention = [module for name, module in model.named_modules() if name.endswith((".k_proj", ".v_proj"))]
     return config.data.sample_length * sum(module.out_features for module in attention)
+
+
+def model_shape(model: nn.Module) -> ModelShape:
+    """Return the sizes of a Qwen2ForCausalLM, which may be without storage."""
+    config, attention = model.config, model.model.layers[0].self_attn
+    return ModelShape(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        query_width=attention.q_proj.out_features,
+        key_width=attention.k_proj.out_features,
+        inner_width=config.intermediate_size,
+        vocab_size=config.vocab_size,
+    )
 
 
 def _source_dtype(config: TrainConfig, setup: Setup) -> torch.dtype:

@@ -1,7 +1,11 @@
-"""A tiny model and sums in words to train on."""
+"""A tiny model and sums in words to train on, and ways to start train() here and as a program."""
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from conftest import VOCABULARY, make_qwen
 from safetensors.torch import load_file
 
 from fastdllm.checkpoint import add_mask_token, save_checkpoint
+from fastdllm.cli import to_yaml
 from fastdllm.data.datamodule import DataConfig
 from fastdllm.objective import ObjectiveConfig
 from fastdllm.training.config import TrainConfig, run_folder
@@ -83,3 +88,33 @@ def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def run_program(config: TrainConfig, kill_after: int = 0, sent: signal.Signals = signal.SIGKILL) -> list[str]:
+    """Run train.py on the config and return its lines.
+
+    After step kill_after, SIGKILL goes to all its processes, another signal to the one that was started.
+    """
+    file = Path(config.output_dir) / f"{config.name}.yaml"
+    file.write_text(to_yaml(config))
+    program = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "--config", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    lines = []
+    for line in program.stdout:
+        lines.append(line.rstrip())
+        if kill_after and line.startswith(f"step {kill_after}/"):
+            if sent != signal.SIGKILL:
+                os.kill(program.pid, sent)
+                continue
+            os.killpg(program.pid, sent)
+            break
+    program.wait()
+    assert kill_after or program.returncode == 0, "\n".join(lines)
+    return lines

@@ -2,7 +2,7 @@
 
 After the start they do what `python train.py` does: each reads its options from a file and finds the others through the
 variables that torchrun and Lightning's own launcher set. The launcher itself, and starts from nothing, are tested with
-benchmarks/kill_training.py and in Slurm's jobs.
+`run_program` of conftest.py and with benchmarks/kill_training.py.
 """
 
 import socket
@@ -60,16 +60,13 @@ class ForkedTraining:
             raise RuntimeError(f"training ended with {codes}:\n" + "\n".join(self.lines()[-80:]))
         return self.lines()
 
-    def wait_for_step(self, step: int) -> None:
-        """Wait until an optimizer step is printed."""
+    def kill_after(self, step: int) -> list[str]:
+        """SIGKILL all processes when an optimizer step is printed; return what was printed."""
         while not any(line.startswith(f"step {step}/") for line in self.lines()):
             assert all(process.is_alive() for process in self.processes), "\n".join(self.lines())
             time.sleep(0.005)
-
-    def kill_after(self, step: int) -> None:
-        """SIGKILL all processes when an optimizer step is printed."""
-        self.wait_for_step(step)
         self.kill()
+        return self.lines()
 
     def kill(self) -> None:
         for process in self.processes:

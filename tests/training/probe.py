@@ -1,6 +1,10 @@
-"""train.py, but it says what each process trains on, and some optimizer steps of one process are not finite."""
+"""train.py, but it says what each process trains on, and some optimizer steps of one process are not finite.
+
+python tests/training/probe.py '{"kind": "nan", "steps": [3], "rank": 1}' --config run.yaml
+"""
 
 import hashlib
+import json
 import sys
 
 import torch
@@ -39,8 +43,11 @@ class SpoiltModule(AdaptModule):
 
 
 def main(plan, argv):
-    """Train by a plan such as {"kind": "nan", "steps": [3], "rank": 1}."""
     callbacks = training.make_callbacks
     training.make_callbacks = lambda *arguments: [Probe(plan), *callbacks(*arguments)]
     training.AdaptModule = SpoiltModule
     run(training.TrainConfig, training.train, argv)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), sys.argv[2:])

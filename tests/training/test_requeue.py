@@ -16,8 +16,7 @@ from fastdllm.training.requeue import StopOnSignal, leave
 from fastdllm.training.resume import SaveCheckpoints
 from fastdllm.training.run import train
 from fastdllm.training.snapshots import newest_complete
-from training.conftest import exported_weights
-from training.forked_training import ForkedTraining
+from training.conftest import exported_weights, run_program
 
 
 def send(number):
@@ -68,15 +67,11 @@ def test_a_signal_at_the_last_step_ends_nothing_early(make_config, monkeypatch):
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_at_the_same_step(make_config):
     config = make_config(devices=2, max_steps=60, checkpoint_every=100)
-    training = ForkedTraining(config)
-    training.wait_for_step(5)
-    os.kill(training.processes[1].pid, signal.SIGUSR1)
-    with pytest.raises(RuntimeError, match=r"ended with \[138, 138\]"):
-        training.finish()
-    (stopped,) = re.findall(r"^SIGUSR1 at step (\d+)", "\n".join(training.lines()), re.MULTILINE)
+    lines = run_program(config, kill_after=5, sent=signal.SIGUSR1)
+    (stopped,) = re.findall(r"^SIGUSR1 at step (\d+)", "\n".join(lines), re.MULTILINE)
     snapshot = newest_complete(run_folder(config) / "checkpoints")
     assert snapshot.step == int(stopped) < 60 and snapshot.world_size == 2
-    assert f"resumed at step {stopped}" in ForkedTraining(config).finish()
+    assert f"resumed at step {stopped}" in run_program(config)
 
 
 @pytest.fixture
