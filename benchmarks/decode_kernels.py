@@ -7,7 +7,7 @@ First the products: for every number of rows and every matrix, a list of tiles i
 weights taken in turn from more copies than the L2 holds. What counts is the product with the kernel that adds up its
 parts ("with reader": a norm, which stands in for the rotation too); cuBLAS stands beside it. Of the fastest, the whole
 pass, head included, decides: one matrix after the other, then one setting of the other kernels after the other. Numbers
-of rows that share tiles are judged together. The choice is printed in the form of `kernels.TILES`. Last, passes with
+of rows that share tiles are judged together. The choice is printed in the form of `tiles.TILES`. Last, passes with
 these tiles: kernels that wait for each other's end, kernels that overlap, and torch's own products.
 """
 
@@ -30,8 +30,9 @@ from fastdllm.cli import run
 from fastdllm.decoding import operations
 from fastdllm.decoding.cache import SlotCache
 from fastdllm.decoding.fused import FusedForward
-from fastdllm.decoding.kernels import Kernels, Settings, Tiles
+from fastdllm.decoding.kernels import Kernels
 from fastdllm.decoding.operations import PassRows
+from fastdllm.decoding.tiles import Settings, Tiles
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.runtime import device_name, pick_device
 

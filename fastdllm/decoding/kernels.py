@@ -8,8 +8,6 @@ kernel waits, a complete kernel means that all before it are complete. A product
 loop over K has ended: at its beginning was measured to be slower.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -17,68 +15,11 @@ from torch import Tensor
 
 from fastdllm.decoding.operations import HeadStatistics, PassRows, has_kernels_for
 from fastdllm.decoding.quantized import Weight, values_and_scale
+from fastdllm.decoding.tiles import TILES, Settings, Tiles, TileTable, default_tiles
 
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)  # Triton's interpreter would multiply bfloat16 as integers
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where a difference of two is taken
 AHEAD = tl.constexpr(4)  # tiles of weights that each program fetches while the kernel before it still runs
-PROGRAMS = 264  # aimed at in a product: two for each of an H100's multiprocessors
-
-
-class Tiles(NamedTuple):
-    """How a product is cut up: each program multiplies `rows` rows and `columns` weight rows over a part of K."""
-
-    rows: int
-    """16 or more; a power of two, as are columns and depth."""
-    columns: int
-    """Of the result; gate and up count one each. 64 fill a Hopper product."""
-    depth: int
-    """Of K in one step; 64 or more."""
-    parts: int
-    """Programs that share K."""
-    warps: int = 4
-    stages: int = 4
-
-
-class Settings(NamedTuple):
-    """How the kernels between the products are cut up, best on an H100; heads, rows and places are powers of two."""
-
-    normalize_warps: int = 32
-    rotate_heads: int = 1
-    """Heads of a row that a program turns, with a warp for each."""
-    attend_rows: int = 16
-    """Rows of a program, at most; 16 or more, as are places."""
-    attend_places: int = 128
-    attend_programs: int = PROGRAMS
-    """Aimed at by the parts that the places are cut into."""
-    attend_warps: int = 4
-    attend_stages: int = 2
-
-
-TileTable = dict[tuple[int, int, int], Tiles]  # (rows rounded up to a power of two, N, K) -> best in half precision
-TILES: TileTable = {  # measured on an H100 by benchmarks/decode_kernels.py, for the shape of the 1.5B
-    (16, 2048, 1536): Tiles(16, 64, 64, 4, 4, 6), (32, 2048, 1536): Tiles(32, 64, 64, 4, 4, 6),
-    (64, 2048, 1536): Tiles(64, 64, 64, 4, 4, 6), (128, 2048, 1536): Tiles(128, 64, 64, 4, 4, 5),
-    (256, 2048, 1536): Tiles(128, 64, 64, 2, 4, 5), (16, 1536, 1536): Tiles(16, 128, 128, 6, 8, 3),
-    (32, 1536, 1536): Tiles(32, 64, 128, 6, 4, 3), (64, 1536, 1536): Tiles(64, 64, 64, 8, 4, 6),
-    (128, 1536, 1536): Tiles(128, 128, 64, 8, 4, 4), (256, 1536, 1536): Tiles(128, 64, 64, 4, 4, 5),
-    (16, 17920, 1536): Tiles(16, 64, 128, 1, 4, 4), (32, 17920, 1536): Tiles(32, 64, 128, 1, 4, 3),
-    (64, 17920, 1536): Tiles(64, 128, 64, 1, 4, 4), (128, 17920, 1536): Tiles(128, 64, 64, 1, 4, 5),
-    (256, 17920, 1536): Tiles(128, 128, 64, 1, 8, 4), (16, 1536, 8960): Tiles(16, 64, 128, 6, 4, 4),
-    (32, 1536, 8960): Tiles(32, 64, 64, 6, 4, 6), (64, 1536, 8960): Tiles(64, 64, 64, 6, 4, 6),
-    (128, 1536, 8960): Tiles(128, 128, 128, 10, 8, 3), (256, 1536, 8960): Tiles(256, 128, 64, 11, 8, 4),
-    (16, 151936, 1536): Tiles(16, 128, 128, 1, 8, 3), (32, 151936, 1536): Tiles(32, 64, 128, 1, 4, 4),
-    (64, 151936, 1536): Tiles(64, 128, 64, 1, 4, 4), (128, 151936, 1536): Tiles(128, 128, 64, 1, 8, 4),
-    (256, 151936, 1536): Tiles(128, 128, 64, 1, 8, 4),
-}  # fmt: skip
-
-
-def default_tiles(num_rows: int, columns: int, depth: int, item_bytes: int) -> Tiles:
-    """Return tiles for rows [R, K] times weight [N, K], where none are measured: R, N, K."""
-    rows = min(max(16, triton.next_power_of_2(num_rows)), 128)
-    width, step = (64, 128) if rows < 128 else (128, 64)
-    programs = triton.cdiv(columns, width) * triton.cdiv(num_rows, rows)
-    in_part = triton.cdiv(depth, max(1, min(PROGRAMS // programs, 8, depth // 128)) * 128) * 128
-    return Tiles(rows, width, step, triton.cdiv(depth, in_part), stages=8 // item_bytes)  # what shared memory holds
 
 
 class Kernels:

@@ -22,7 +22,8 @@ from fastdllm.decoding.quantized import STORED, quantize
 
 triton = pytest.importorskip("triton", reason="needs Triton, which comes with torch for GPUs")
 from fastdllm.decoding import kernels as source  # noqa: E402
-from fastdllm.decoding.kernels import Kernels, Settings, Tiles  # noqa: E402
+from fastdllm.decoding.kernels import Kernels  # noqa: E402
+from fastdllm.decoding.tiles import Settings, Tiles  # noqa: E402
 
 tl = triton.language
 IS_INTERPRETED = triton.knobs.runtime.interpret
