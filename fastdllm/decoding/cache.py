@@ -1,9 +1,14 @@
 """Keys and values of every slot: the exact block cache, and behind it the current block's own, approximate ones."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastdllm.model import BlockDiffusionLM
+from fastdllm.runtime import memory_bytes
+
+FREE_SHARE = 0.6  # of the free memory for keys and values; the rest is for what passes need
 
 
 class SlotCache:
@@ -68,3 +73,26 @@ def cache_bytes_per_place(model: BlockDiffusionLM) -> int:
     """Return the bytes that one place of one slot takes, keys and values over all layers."""
     groups = model.qwen.config.num_key_value_heads
     return 2 * model.num_layers * groups * head_size(model) * model.dtype.itemsize
+
+
+class FittingSlots(NamedTuple):
+    """How many slots a budget for keys and values has room for, and the numbers that say why no more."""
+
+    num_slots: int
+    """Beside the extra ones; below 1 if not one fits."""
+    needed_bytes: int
+    """Of one slot and the extra ones."""
+    allowed_bytes: int
+    most_tokens: int
+    """The longest slot that would fit, in whole blocks."""
+
+
+def fitting_slots(
+    model: BlockDiffusionLM, capacity: int, num_scratch: int, extra: int, allowed_bytes: int | None
+) -> FittingSlots:
+    """Return how many slots of `capacity` and `num_scratch` places fit beside `extra` ones; None: into what is free."""
+    allowed = int(FREE_SHARE * memory_bytes(model.device)) if allowed_bytes is None else allowed_bytes
+    per_place, size = cache_bytes_per_place(model), model.block_size
+    per_slot = (capacity + num_scratch + 1) * per_place
+    most = (allowed // ((1 + extra) * per_place) - 1 - num_scratch) // size * size
+    return FittingSlots(allowed // per_slot - extra, (1 + extra) * per_slot, allowed, max(most, 0))

@@ -4,7 +4,6 @@ Slots never wait for each other: in every round the engine sorts them by the pas
 for each kind, so a row's tokens do not depend on the batch around it. A free slot is filled from the queue at once.
 """
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -14,34 +13,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastdllm.decoding.cache import SlotCache, cache_bytes_per_place, head_size
+from fastdllm.decoding.cache import SlotCache, fitting_slots
+from fastdllm.decoding.clock import PassClock
 from fastdllm.decoding.config import DecodeConfig, check_decoding
 from fastdllm.decoding.drafts import DraftChooser
 from fastdllm.decoding.forward import PlainForward
-from fastdllm.decoding.fused import FusedPasses, can_fuse
-from fastdllm.decoding.graphs import GraphedPass
-from fastdllm.decoding.operations import has_kernels_for
+from fastdllm.decoding.fused import FusedPasses, is_fused_by_itself
+from fastdllm.decoding.graphs import GraphedPass, read_later
 from fastdllm.decoding.policies import check_parameter
 from fastdllm.decoding.reuse import ReuseConfig, row_bucket
-from fastdllm.decoding.rows import Completion, Request, Row
+from fastdllm.decoding.rows import Completion, Request, Row, common_prefix, stop_token_ids
 from fastdllm.decoding.state import COUNTERS, REPORT_HEAD, Phase, SlotState, to_device
 from fastdllm.decoding.steps import Steps
+from fastdllm.decoding.tables import KINDS, PASSES
 from fastdllm.decoding.verify import VerifySteps
 from fastdllm.model import BlockDiffusionLM
-from fastdllm.runtime import memory_bytes
 
 __all__ = ["Completion", "DecodeConfig", "Engine", "Request", "stop_token_ids"]
-STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-CACHE_SHARE = 0.6  # of the free memory
 FREE_ROWS = 256  # with CUDA graphs, on an H100: a pass of a 1.5B over 256 rows takes 3.2 ms, two of 64 take 4.0
 BLIND_ROWS = 64  # a pass over 64 rows takes 2.0 ms, one over 8 takes 1.7: not worth the host's knowing which is needed
 PREFILL_WIDTH = 256  # tokens of each prompt read in one pass
-
-
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that end an answer: the tokenizer's eos, and ChatML's ends where the vocabulary has them."""
-    vocabulary = tokenizer.get_vocab()
-    return frozenset({tokenizer.eos_token_id} | {vocabulary[name] for name in STOP_TOKENS if name in vocabulary})
 
 
 class Engine:
@@ -87,22 +78,17 @@ class Engine:
         self.cache_bytes = cache_bytes
         is_cuda = model.device.type == "cuda"
         self.is_graphed = is_cuda if is_graphed is None else is_graphed
-        is_fast = is_cuda and has_kernels_for(head_size(model))
-        if is_fused is None and is_fast and not can_fuse(model):
-            print("the fused pass knows plain linear layers alone: the model's own layers run, which are slower")
-            is_fast = False
-        self.is_fused = (is_fast or self.decode.weight_format != "model") if is_fused is None else is_fused
+        self.is_fused = is_fused_by_itself(model, self.decode.weight_format) if is_fused is None else is_fused
         self.free_rows = FREE_ROWS * self.is_graphed if free_rows is None else free_rows
         self.stop_ids = stop_token_ids(tokenizer)
         self.seconds = 0.0
         """Inside run, prefill included; without what follows."""
         self.capture_seconds = 0.0
         """Spent on recording CUDA graphs, and on compiling their kernels where that was never done before."""
-        self.prefill_seconds = 0.0
+        self.prefill_clock = PassClock(model.device)
         self.is_busy = False
         """Whether a run has begun and not ended."""
         self.state: SlotState | None = None
-        self._prefill_events: list[tuple] = []
         self._skipped: list[Row] = []
         self._passes: dict[tuple, GraphedPass] = {}
         self._drafts = DraftChooser(self.decode.draft_plan) if self.decode.is_verified else None
@@ -111,8 +97,7 @@ class Engine:
     @property
     def decode_seconds(self) -> float:
         """`seconds` without prefill; within a run, without the prefill that has ended by now."""
-        self._read_events()
-        return self.seconds - self.prefill_seconds
+        return self.seconds - self.prefill_clock.read()
 
     @property
     def _reuses(self) -> bool:
@@ -179,9 +164,7 @@ class Engine:
     def _serve(self, waiting: list[Row]) -> Iterator[Row]:
         """Decode the rows, the last one first; yield a row whenever it has moved on."""
         if self.is_busy:
-            raise RuntimeError(
-                "this engine is in the middle of a run; let that end (or close it), or make another one."
-            )
+            raise RuntimeError("this engine is in the middle of a run; let that end (or close it), or make another.")
         active: list[Row] = []
         self.is_busy, is_ready = True, False
         try:
@@ -201,7 +184,7 @@ class Engine:
         finally:
             for row in active:  # of a run that was broken off
                 self.state.release(row.slot)
-            self._read_events(is_waiting=True)
+            self.prefill_clock.read(is_waiting=True)
             self._skipped, self.is_busy = [], False
 
     def _round(self, waiting: list[Row], active: list[Row]) -> list[Row]:
@@ -212,7 +195,7 @@ class Engine:
             self._admit(row)
             active.append(row)
         self._advance(active)
-        self._asked.append((list(active), self._ask()))
+        self._asked.append((list(active), read_later(self._pass([], self._report))))
         if len(self._asked) <= self._lag:
             return []
         rows, answer = self._asked.popleft()
@@ -232,7 +215,7 @@ class Engine:
         size = self.model.block_size
         longest = max(waiting, key=lambda row: row.limit)
         capacity = -(-longest.limit // size) * size
-        prefix = self._common_prefix([*waiting, *self._skipped])
+        prefix = common_prefix([row.request for row in (*waiting, *self._skipped)], size)
         extra = 2 if prefix else 1  # the spare slot, and one for the common prefix
         wanted = min(self.batch_size, len(waiting))
         needed = (wanted, capacity, extra)
@@ -253,17 +236,14 @@ class Engine:
         plans = self._drafts.plans if self._drafts else ()
         num_scratch = max((plan.num_drafting for plan in plans), default=0)
         self._most_new = max((plan.length + 1 for plan in plans), default=size)  # tokens of a slot that a pass may give
-        per_slot = (capacity + num_scratch + 1) * cache_bytes_per_place(model)
-        budget = _free_bytes(model.device) if self.cache_bytes is None else self.cache_bytes
-        fitting = budget // per_slot - extra
-        if fitting < 1:
-            most = (budget // ((1 + extra) * cache_bytes_per_place(model)) - 1 - num_scratch) // size * size
+        fit = fitting_slots(model, capacity, num_scratch, extra, self.cache_bytes)
+        if fit.num_slots < 1:
             raise ValueError(
                 f"request {longest.index} may grow to {longest.limit} tokens, prompt and answer, and needs "
-                f"{(1 + extra) * per_slot:,} bytes of keys and values; {budget:,} are allowed, which {max(most, 0)} "
-                "tokens fit into: shorten it, or raise cache_bytes."
+                f"{fit.needed_bytes:,} bytes of keys and values; {fit.allowed_bytes:,} are allowed, which "
+                f"{fit.most_tokens} tokens fit into: shorten it, or raise cache_bytes."
             )
-        self.num_slots = num_slots = min(wanted, fitting)
+        self.num_slots = num_slots = min(wanted, fit.num_slots)
         width = capacity + (self._most_new if self._drafts else 0)  # what is drafted may reach behind the limit
         self.state = SlotState(num_slots + extra, width, size, model.mask_token_id, model.device)
         self.cache = SlotCache(model, num_slots + extra, capacity, num_scratch)
@@ -286,14 +266,6 @@ class Engine:
         self._passes = {}
         self._pool = torch.cuda.graph_pool_handle() if self.is_graphed else None
 
-    def _read_events(self, is_waiting: bool = False) -> None:
-        """Add up the prefill passes on a GPU: those that have ended, or, waiting for them, all."""
-        if is_waiting and self._prefill_events:
-            torch.cuda.synchronize(self.model.device)
-        while self._prefill_events and self._prefill_events[0][1].query():  # they end in order
-            begin, end = self._prefill_events.pop(0)
-            self.prefill_seconds += begin.elapsed_time(end) / 1e3
-
     def free(self) -> None:
         """Give the memory of slots and graphs back."""
         self.state = self.cache = self.forward = self.steps = self._pool = None
@@ -305,16 +277,10 @@ class Engine:
             raise error
         self.batch_size = self.num_slots // 2
         print(f"out of memory: going on with {self.batch_size} requests at a time; finished ones are kept", flush=True)
-        self._read_events(is_waiting=True)
+        self.prefill_clock.read(is_waiting=True)
         self.free()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _common_prefix(self, rows: list[Row]) -> list[int]:
-        """Return the tokens, in whole blocks, with which the prompts of all rows begin; none for a single row."""
-        prompts = [row.request.prompt for row in rows]
-        shared = os.path.commonprefix(prompts) if len(prompts) > 1 else []
-        return shared[: len(shared) // self.model.block_size * self.model.block_size]
 
     def _read_prefix(self, prefix: list[int], slot: int) -> None:
         """Read the common prefix once; admitted rows copy its keys and values."""
@@ -355,7 +321,7 @@ class Engine:
         """Run the next pass of every row: one pass for each kind that is needed."""
         kinds: dict[str, list[Row]] = {}
         for row in rows:
-            kind = _KINDS[row.phase]
+            kind = KINDS[row.phase]
             kinds.setdefault("universal" if self._is_universal and kind != "prefill" else kind, []).append(row)
         if self._is_block_wise and {"block", "sub_block"} <= kinds.keys():
             members = kinds["block"] + kinds["sub_block"]
@@ -375,24 +341,14 @@ class Engine:
                     num_rows = row_bucket(sum(row.num_active for row in members))
                     self._pass(members, self.steps.active_rows, num_rows=num_rows)
                 else:
-                    name, options = _PASSES[kind]
+                    name, options = PASSES[kind]
                     self._pass(members, getattr(self.steps, name), **options)
 
     def _prefill(self, rows: list[Row]) -> None:
         longest = max(row.start - row.prefilled for row in rows)
         width = min(PREFILL_WIDTH, 1 << (longest - 1).bit_length())
         self._see(max(row.start for row in rows))
-        prefill = self._prepared(rows, self.steps.prefill, width=width)
-        started = time.perf_counter()
-        if self.model.device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            prefill()
-            end.record()
-            self._prefill_events.append((begin, end))
-        else:
-            prefill()
-            self.prefill_seconds += time.perf_counter() - started
+        self.prefill_clock.run(self._prepared(rows, self.steps.prefill, width=width))
         for row in rows:
             row.prefilled += width
             if row.prefilled >= row.start:
@@ -419,23 +375,9 @@ class Engine:
     def _report(self, slots: Tensor) -> Tensor:
         return self.state.report(2 * self._most_new)
 
-    def _ask(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Start to read what the host follows, without waiting for it."""
-        report = self._pass([], self._report)
-        if not report.is_cuda:
-            return report, None
-        answer = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
-        answer.copy_(report, non_blocking=True)
-        is_there = torch.cuda.Event()
-        is_there.record()
-        return answer, is_there
-
-    def _follow(self, rows: list[Row], answer: tuple[Tensor, torch.cuda.Event | None]) -> list[Row]:
+    def _follow(self, rows: list[Row], answer: Callable[[], Tensor]) -> list[Row]:
         """Take in what the passes did; return the rows that have moved on."""
-        report, is_there = answer
-        if is_there is not None:
-            is_there.synchronize()
-        report, moved, size = report.numpy(), [], 1 if self._is_token_wise else self.model.block_size
+        report, moved, size = answer().numpy(), [], 1 if self._is_token_wise else self.model.block_size
         heads, tails = report[:, :REPORT_HEAD].tolist(), report[:, REPORT_HEAD:]
         for row in rows:
             phase, final, row.num_active, *counts = heads[row.slot]
@@ -452,35 +394,6 @@ class Engine:
         return moved
 
 
-_PASSES: dict[str, tuple[str, dict[str, bool]]] = {  # kind -> method of Steps and its options
-    "block": ("block", {}),
-    "universal": ("block", {"is_universal": True}),
-    "sub_block": ("sub_block", {}),
-    "reuse": ("sub_block", {"is_reused": True}),
-    "token": ("token", {}),
-    "probe": ("probe", {}),
-    "refresh": ("rest", {"is_reused": False}),
-    "reuse_rest": ("rest", {"is_reused": True}),
-}
-_KINDS = {
-    Phase.PREFILL: "prefill",
-    Phase.APPEND: "block",
-    Phase.FULL: "block",
-    Phase.SUB_BLOCK: "sub_block",
-    Phase.REUSE: "reuse",
-    Phase.TOKEN: "token",
-    Phase.PROBE: "probe",
-    Phase.REFRESH: "refresh",
-    Phase.REUSE_REST: "reuse_rest",
-    Phase.VERIFY: "verify",
-}
-
-
 def _growth(before: list[int], after: list[int], names: tuple[str, ...]) -> list[int]:
     """Return by how much these counters have grown; before the first report they are 0."""
     return [after[index] - (before[index] if before else 0) for index in map(COUNTERS.index, names)]
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Return what keys and values may take of the device's free memory; the rest is for what passes need."""
-    return int(CACHE_SHARE * memory_bytes(device))

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdllm.decoding import operations
-from fastdllm.decoding.cache import SlotCache
+from fastdllm.decoding.cache import SlotCache, head_size
 from fastdllm.decoding.drafts import MOST_DRAFTS
 from fastdllm.decoding.forward import PlainForward
-from fastdllm.decoding.operations import HeadStatistics, PassRows
+from fastdllm.decoding.operations import HeadStatistics, PassRows, has_kernels_for
 from fastdllm.decoding.policies import Proposals
 from fastdllm.decoding.quantized import Weight, WeightFormat, check_format, quantize
 from fastdllm.decoding.reuse import LayerStore
@@ -184,6 +184,16 @@ class FusedForward:
 
     def _products(self, hidden: Tensor) -> Operations | ModuleType:
         return self.kernels if len(hidden) <= self.max_few_rows else operations
+
+
+def is_fused_by_itself(model: BlockDiffusionLM, weight_format: WeightFormat) -> bool:
+    """Whether an engine that was not told runs the fused pass: where kernels make it faster, or the weights need it."""
+    if weight_format != "model":
+        return True
+    is_faster = model.device.type == "cuda" and has_kernels_for(head_size(model))
+    if is_faster and not can_fuse(model):
+        print("the fused pass knows plain linear layers alone: the model's own layers run, which are slower")
+    return is_faster and can_fuse(model)
 
 
 def can_fuse(model: BlockDiffusionLM) -> bool:

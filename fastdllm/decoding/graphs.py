@@ -19,6 +19,22 @@ def recorded_size(count: int) -> int:
     return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
 
 
+def read_later(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy the tensor to the host; return what waits for the copy, and gives it."""
+    if not tensor.is_cuda:
+        return lambda: tensor
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    is_there = torch.cuda.Event()
+    is_there.record()
+
+    def wait() -> Tensor:
+        is_there.synchronize()
+        return copy
+
+    return wait
+
+
 class GraphedPass:
     """A pass over slots, whose numbers are filled up with the spare slot to 1, 2, 3, 4, 6, 8, 12, 16, ...
 

@@ -1,5 +1,7 @@
 """A request, its answer, and how the host follows it on its way through the engine."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -7,6 +9,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastdllm.decoding.state import COUNTERS, Phase
+
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,3 +114,15 @@ class Row:
             text = text.split(stop, 1)[0]
         counts = dict(zip(COUNTERS, self.counts, strict=True))
         return Completion(index=self.index, tokens=self.tokens, text=text, counted_tokens=len(self.tokens), **counts)
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids that end an answer: the tokenizer's eos, and ChatML's ends where the vocabulary has them."""
+    vocabulary = tokenizer.get_vocab()
+    return frozenset({tokenizer.eos_token_id} | {vocabulary[name] for name in STOP_TOKENS if name in vocabulary})
+
+
+def common_prefix(requests: Sequence[Request], block_size: int) -> list[int]:
+    """Return the tokens, in whole blocks, with which the prompts of all requests begin; none for a single request."""
+    shared = os.path.commonprefix([request.prompt for request in requests]) if len(requests) > 1 else []
+    return shared[: len(shared) // block_size * block_size]

@@ -16,14 +16,15 @@ from fastdllm.decoding.cache import SlotCache
 from fastdllm.decoding.config import DecodeConfig
 from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.operations import PassRows
-from fastdllm.decoding.policies import DEFAULT_POLICY, POLICIES, Proposals
-from fastdllm.decoding.reuse import GatedStore, LayerStore, ReuseConfig, make_store, needed_rows
-from fastdllm.decoding.state import Phase, SlotNumbers, SlotState, uniform_draws
-from fastdllm.decoding.tables import DENOISED, FUSED, block_changes, block_roles, by_name, next_steps
+from fastdllm.decoding.policies import Proposals
+from fastdllm.decoding.reuse import GatedStore, ReuseConfig, make_store, needed_rows
+from fastdllm.decoding.slot_passes import SlotPasses
+from fastdllm.decoding.state import Phase, SlotNumbers, SlotState
+from fastdllm.decoding.tables import DENOISED, FUSED, block_changes, block_roles, next_steps
 from fastdllm.model import BlockDiffusionLM
 
 
-class Steps:
+class Steps(SlotPasses):
     """Owns how each pass changes the state; the engine owns which passes are run when."""
 
     def __init__(
@@ -38,14 +39,8 @@ class Steps:
         reuse: ReuseConfig,
         stop_ids: Iterable[int],
     ):
-        self.model, self.state, self.cache, self.forward = model, state, cache, forward
-        self.is_diffusion, self.decode, self.reuse = is_diffusion, decode, reuse
-        self.policy = POLICIES[decode.policy if is_diffusion else DEFAULT_POLICY]  # token by token it decides nothing
+        super().__init__(model, state, cache, forward, is_diffusion=is_diffusion, decode=decode, reuse=reuse)
         self._make_tables(stop_ids)
-        # constants, each made on the device once
-        self._ranges: dict[int, Tensor] = {}
-        self._numbers: dict[int, Tensor] = {}
-        self._amounts: dict[tuple, Tensor] = {}
         self.store = make_store(model, reuse, state.num_slots, decode.sub_block_size)
         width = model.qwen.config.hidden_size
         self.is_output = reuse.reuse_k > 1 and reuse.reuse_mode == "output"
@@ -253,10 +248,6 @@ class Steps:
         assert isinstance(self.store, GatedStore), "only schedule adaptive plans these passes"
         return self.store
 
-    def _inside(self, at: SlotNumbers) -> Tensor:
-        """Return the places of each slot's sub-block in its block, [B, S]."""
-        return at.offset[:, None] + self._range(self.decode.sub_block_size)
-
     def _sub_block_rows(self, slots: Tensor, at: SlotNumbers, is_served: Tensor) -> PassRows:
         """Return the rows of each slot's sub-block, [B, S]."""
         start = at.start[:, None]
@@ -299,61 +290,6 @@ class Steps:
         places = self._block_places(at).clamp(max=self.cache.capacity - 1)  # a slot that is done may be at its end
         self._plan(slots, at, places, token)
         self._put(slots, at, places, token, is_served)
-
-    def _rows(self, slots: Tensor, places: Tensor, is_kept: Tensor, limits: Tensor) -> PassRows:
-        """Return the rows at `places` [B, T]; keys and values of those that are not kept go nowhere."""
-        return PassRows(places, torch.where(is_kept, places, self._number(self.cache.dump)), slots, limits)
-
-    def _run(self, rows: PassRows, reuse: LayerStore | None = None, guess: Tensor | None = None) -> Tensor:
-        return self.forward(self._tokens(rows, guess), rows, reuse)
-
-    def _tokens(self, rows: PassRows, guess: Tensor | None = None) -> Tensor:
-        """Return the tokens of the rows, [B, T]; at the place behind the first block `guess` [B], if there is one."""
-        known = self.state.tokens
-        if guess is None:
-            return known[rows.slots[:, None], rows.positions]
-        tokens = known[rows.slots[:, None], rows.positions.clamp(max=known.shape[1] - 1)]
-        tokens[:, self.model.block_size] = guess
-        return tokens
-
-    def _clean_limits(self, places: Tensor) -> Tensor:
-        if not self.is_diffusion or self.model.context_attention == "causal":
-            return places + 1
-        return (places // self.model.block_size + 1) * self.model.block_size
-
-    def _propose(self, at: SlotNumbers, hidden: Tensor) -> tuple[Proposals, Tensor]:
-        """Return the proposals from `hidden` [B, S, C], and the most likely token of the first row, [B]."""
-        decode = self.decode
-        uniform = self._uniform(at, hidden.shape[1])
-        proposals, best = self.forward.propose(hidden, self.policy.needs, decode.temperature, decode.top_p, uniform)
-        return proposals, best[:, 0]
-
-    def _uniform(self, at: SlotNumbers, count: int) -> Tensor | None:
-        """Return the numbers to draw proposals with, [B, count] float32; None without temperature."""
-        return None if self.decode.temperature == 0 else uniform_draws(at.seed, at.draws, count)
-
-    def _best(self, hidden: Tensor) -> Tensor:
-        """Return the most likely token after each of `hidden` [B, C], [B]."""
-        return self.forward.propose(hidden[:, None])[1][:, 0]
-
-    def _block_places(self, at: SlotNumbers) -> Tensor:
-        """Return the places of each slot's current block, [B, D]; in AR mode that of the newest token, [B, 1]."""
-        if self.is_diffusion:
-            return at.start[:, None] + self._range(self.model.block_size)
-        return at.start[:, None]
-
-    def _known(self, slots: Tensor, places: Tensor) -> Tensor:
-        """Return the tokens at the places [B, T] of each slot."""
-        return self.state.tokens[slots[:, None], places]
-
-    def _put(self, slots: Tensor, at: SlotNumbers, places: Tensor, block: Tensor, is_served: Tensor) -> None:
-        """Write back what a pass has changed in the slots that it served: tokens at `places`, and the numbers."""
-        target = self._target(slots, is_served)
-        self.state.tokens[target[:, None], places] = block
-        self.state.put(target, at)
-
-    def _target(self, slots: Tensor, is_served: Tensor) -> Tensor:
-        return torch.where(is_served, slots, self._number(self.state.dump))
 
     def _unmask(
         self, slots: Tensor, at: SlotNumbers, block: Tensor, is_denoised: Tensor, proposals: Proposals
@@ -402,24 +338,6 @@ class Steps:
         if self.reuse.is_trimmed:
             at.num_active = self._active_rows(slots, at, block).sum(1)
         return phase
-
-    def _count(self, at: SlotNumbers, **amounts: int) -> SlotNumbers:
-        """Return the numbers as they were taken, with the amounts added."""
-        key = tuple(amounts.items())
-        if key not in self._amounts:
-            self._amounts[key] = by_name(amounts).to(self.model.device)
-        return SlotNumbers(at.taken + self._amounts[key])
-
-    def _number(self, value: int) -> Tensor:
-        """Return the value as a tensor that is made once."""
-        if value not in self._numbers:
-            self._numbers[value] = torch.tensor(int(value), device=self.model.device)
-        return self._numbers[value]
-
-    def _range(self, count: int) -> Tensor:
-        if count not in self._ranges:
-            self._ranges[count] = torch.arange(count, device=self.model.device)
-        return self._ranges[count]
 
 
 def take_rows(hidden: Tensor, rows: Tensor) -> Tensor:

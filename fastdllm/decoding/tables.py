@@ -13,6 +13,30 @@ FUSED = len(Phase)  # beside the phases: an append that was the next block's fir
 DENOISED = dict(denoise_passes=1, step=1, draws=1)  # what each denoising step counts
 
 
+PASSES: dict[str, tuple[str, dict[str, bool]]] = {  # kind -> method of Steps and its options
+    "block": ("block", {}),
+    "universal": ("block", {"is_universal": True}),
+    "sub_block": ("sub_block", {}),
+    "reuse": ("sub_block", {"is_reused": True}),
+    "token": ("token", {}),
+    "probe": ("probe", {}),
+    "refresh": ("rest", {"is_reused": False}),
+    "reuse_rest": ("rest", {"is_reused": True}),
+}
+KINDS = {  # the kind of pass that serves a phase
+    Phase.PREFILL: "prefill",
+    Phase.APPEND: "block",
+    Phase.FULL: "block",
+    Phase.SUB_BLOCK: "sub_block",
+    Phase.REUSE: "reuse",
+    Phase.TOKEN: "token",
+    Phase.PROBE: "probe",
+    Phase.REFRESH: "refresh",
+    Phase.REUSE_REST: "reuse_rest",
+    Phase.VERIFY: "verify",
+}
+
+
 def by_name(amounts: dict[str, int], others: int = 0) -> Tensor:
     """Return the amounts in the order of a slot's numbers."""
     return torch.tensor([amounts.get(name, others) for name in NUMBERS + COUNTERS])

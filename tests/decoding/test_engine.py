@@ -384,7 +384,7 @@ def test_decode_seconds_leave_out_the_prefill_that_has_ended_by_now(byte_tokeniz
 
     engine = Engine(make_model(), byte_tokenizer)
     engine.seconds = 1.0
-    engine._prefill_events = [(Event(True), Event(True)), (Event(True), Event(False))]
+    engine.prefill_clock._running = [(Event(True), Event(True)), (Event(True), Event(False))]
     assert engine.decode_seconds == engine.decode_seconds == 0.75
-    engine._prefill_events[0][1].has_ended = True
+    engine.prefill_clock._running[0][1].has_ended = True
     assert engine.decode_seconds == 0.5
