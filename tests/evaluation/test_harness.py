@@ -85,6 +85,18 @@ def test_published_arguments_of_the_checkpoint_are_accepted(adapted):
     assert lm.mode == "diffusion" and lm.tokenizer_name and lm.chat_template(True)
 
 
+def test_seed_speed_and_name_of_an_experiment_do_what_they_say(adapted, capsys):
+    lm = model(adapted, seed=5, show_speed=True, experiment_name="try 1", max_new_tokens=3)
+    requests = [instance("generate_until", "one two", {"until": []})]
+    assert [lm._request(number, requests[0]).seed for number in (0, 2)] == [5, 7]
+    assert lm.get_model_info()["experiment_name"] == "try 1"
+    lm.generate_until(requests, disable_tqdm=True)
+    assert " tokens/s" in capsys.readouterr().out
+    quiet = model(adapted, max_new_tokens=3)
+    quiet.generate_until(requests, disable_tqdm=True)
+    assert " tokens/s" not in capsys.readouterr().out
+
+
 def test_a_diffusion_model_is_needed_for_diffusion(plain):
     assert model(plain).mode == "ar"
     with pytest.raises(ValueError, match="needs an adapted checkpoint"):
