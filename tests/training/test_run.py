@@ -161,6 +161,25 @@ def test_nodes_count_and_the_trainer_gets_what_the_config_says(make_config):
     assert make_trainer(off, resolve(off), []).gradient_clip_val is None
 
 
+@pytest.mark.parametrize(
+    ("decode", "kind", "message"),
+    [
+        (DecodeConfig(sub_block_size=16), "block_diffusion", r"sub_block_size must divide .* \(8\), got 16; try 2"),
+        (
+            DecodeConfig(weight_format="int8", sub_block_size=4),
+            "block_diffusion",
+            "weight_format int8 is for eval",
+        ),
+        (DecodeConfig(policy="verified"), "block_diffusion", "verified needs a model whose context attends causally"),
+        (DecodeConfig(policy="verified"), "autoregressive", "verified does nothing in mode ar"),
+        (DecodeConfig(fuse_append=True), "autoregressive", "fuse_append needs diffusion decoding"),
+    ],
+)
+def test_what_the_first_text_sample_would_refuse_is_refused_at_once(make_config, decode, kind, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(decode=decode, objective=ObjectiveConfig(kind=kind, block_size=8))
+
+
 def test_samples_are_decoded_as_the_config_says(make_config, byte_tokenizer):
     config = make_config(sample_every=1, decode=DecodeConfig(threshold=0.5, sub_block_size=4))
     callbacks = make_callbacks(config, resolve(config), Path(), None, byte_tokenizer, StopOnSignal())
