@@ -8,6 +8,7 @@ from fastdllm.checkpoint import load_checkpoint
 from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.evaluation import harness
 from fastdllm.evaluation.arguments import parse_arguments
+from fastdllm.evaluation.baseline import TransformersEngine
 from fastdllm.evaluation.config import EvaluateConfig
 from fastdllm.evaluation.harness import FastDLLMv2, published_prompt, run_task
 from fastdllm.evaluation.likelihood import masked_row
@@ -78,6 +79,16 @@ def test_every_reuse_option_reaches_the_engine_from_lm_evals_arguments(adapted):
     reuse = adaptive._engine().reuse
     assert (reuse.schedule, reuse.budget, reuse.subset, reuse.reuse_mode) == ("adaptive", 0.2, "1", "delta")
     assert model(adapted, active_rows="needed", use_block_cache=True)._engine().reuse.is_trimmed
+
+
+def test_every_option_of_unmasking_reaches_the_engine_from_lm_evals_arguments(adapted):
+    options = dict(threshold=0.6, use_block_cache=True, fuse_append=True, temperature=0.5, top_p=0.75)
+    engine = model(adapted, small_block_size="16", batch_size="3", **options)._engine()
+    assert (engine.decode, engine.batch_size) == (DecodeConfig(sub_block_size=16, **options), 3)
+    other = model(adapted, policy="factor", policy_parameter="0.25")._engine()
+    assert (other.decode.policy, other.decode.parameter) == ("factor", 0.25)
+    outside = model(adapted, mode="ar", engine="transformers", batch_size=3)._engine()
+    assert (type(outside), outside.batch_size) == (TransformersEngine, 3)
 
 
 def test_published_arguments_of_the_checkpoint_are_accepted(adapted):
