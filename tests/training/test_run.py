@@ -3,7 +3,9 @@
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_qwen
@@ -13,12 +15,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastdllm.__main__ import main
 from fastdllm.checkpoint import load_checkpoint
 from fastdllm.cli import parse, to_yaml
+from fastdllm.data.datamodule import DataConfig
 from fastdllm.decoding.config import DecodeConfig
+from fastdllm.decoding.rows import Request
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.objective import ObjectiveConfig
 from fastdllm.training.callbacks import TextSamples
 from fastdllm.training.config import TrainConfig, resolve, run_folder
 from fastdllm.training.export import export_run, read_weights
+from fastdllm.training.lora import LoraSettings
 from fastdllm.training.module import OptimizerConfig
 from fastdllm.training.requeue import StopOnSignal
 from fastdllm.training.run import train
@@ -180,13 +185,31 @@ def test_what_the_first_text_sample_would_refuse_is_refused_at_once(make_config,
         make_config(decode=decode, objective=ObjectiveConfig(kind=kind, block_size=8))
 
 
+@pytest.mark.parametrize(
+    ("section", "options", "message"),
+    [
+        (LoraSettings, {"alpha": 8.0}, "lora.alpha and lora.targets do nothing with lora.rank 0"),
+        (LoraSettings, {"targets": ["q_proj"]}, "lora.alpha and lora.targets do nothing with lora.rank 0"),
+        (OptimizerConfig, {"schedule": "constant", "min_ratio": 0.5}, "min_ratio 0.5 does nothing .* constant"),
+        (DataConfig, {"path": "a/b", "validation_split": "test"}, r"set that to data.path \('a/b'\)"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(section, options, message):
+    with pytest.raises(ValueError, match=message):
+        section(**options)
+
+
 def test_samples_are_decoded_as_the_config_says(make_config, byte_tokenizer):
-    config = make_config(sample_every=1, decode=DecodeConfig(threshold=0.5, sub_block_size=4))
-    callbacks = make_callbacks(config, resolve(config), Path(), None, byte_tokenizer, StopOnSignal())
+    decode = DecodeConfig(threshold=0.5, sub_block_size=4)
+    config = make_config(sample_every=1, num_samples=2, sample_tokens=5, decode=decode)
+    sample = {"tokens": np.arange(6), "is_response": np.arange(6) > 3}
+    data = SimpleNamespace(validation=[], training=[sample] * 3)
+    callbacks = make_callbacks(config, resolve(config), Path(), data, byte_tokenizer, StopOnSignal())
     (samples,) = [callback for callback in callbacks if isinstance(callback, TextSamples)]
     model = BlockDiffusionLM(make_qwen(), block_size=8, mask_token_id=259)
     engine = samples.make_engine(model)
     assert (engine.decode, engine.mode) == (config.decode, "diffusion")
+    assert samples.make_requests() == [Request(prompt=[0, 1, 2, 3], max_new_tokens=5)] * 2
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
