@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_qwen
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,6 +21,7 @@ from fastdllm.decoding.config import DecodeConfig
 from fastdllm.decoding.rows import Request
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.objective import ObjectiveConfig
+from fastdllm.training import run
 from fastdllm.training.callbacks import TextSamples
 from fastdllm.training.config import TrainConfig, resolve, run_folder
 from fastdllm.training.export import export_run, read_weights
@@ -28,6 +30,7 @@ from fastdllm.training.module import OptimizerConfig
 from fastdllm.training.requeue import StopOnSignal
 from fastdllm.training.run import train
 from fastdllm.training.snapshots import newest_complete
+from fastdllm.training.strategies import CPUDeepSpeedStrategy
 from fastdllm.training.trainer import make_callbacks, make_trainer
 from training.conftest import ROOT, by_hand, exported_weights
 from training.forked_training import ForkedTraining
@@ -164,6 +167,27 @@ def test_nodes_count_and_the_trainer_gets_what_the_config_says(make_config):
     assert (trainer.num_nodes, trainer.gradient_clip_val) == (2, 0.25)
     off = dataclasses.replace(config, num_nodes=1, optimizer=OptimizerConfig(clip_norm=0.0))
     assert make_trainer(off, resolve(off), []).gradient_clip_val is None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind"),
+    [("ddp", DDPStrategy), ("fsdp2", ModelParallelStrategy), ("deepspeed_stage_2", CPUDeepSpeedStrategy)],
+)
+def test_the_strategy_is_the_one_that_is_named(make_config, strategy, kind):
+    config = make_config(devices=2, strategy=strategy)
+    assert type(make_trainer(config, resolve(config), []).strategy) is kind
+
+
+def test_the_module_trains_as_the_config_says(make_config, monkeypatch):
+    def note(model, **options):
+        raise KeyboardInterrupt(options)
+
+    monkeypatch.setattr(run, "AdaptModule", note)
+    with pytest.raises(KeyboardInterrupt) as noted:
+        train(make_config(compile="layers", recompute="full", precision="bf16", log_every=3))
+    (options,) = noted.value.args
+    chosen = [options[name] for name in ("compile_layers", "recompute", "compute_dtype", "log_every")]
+    assert chosen == [True, "full", torch.bfloat16, 3]
 
 
 @pytest.mark.parametrize(
