@@ -177,7 +177,7 @@ def test_batches_do_not_depend_on_the_loader_workers(make_module):
 
 
 def test_prepared_data_and_workers_are_where_and_as_many_as_asked(make_module, tmp_path, monkeypatch):
-    module, asked = make_module(cache_dir=str(tmp_path / "here"), num_workers=3, loader_workers=2), []
+    module, asked = make_module(cache_dir=str(tmp_path / "here"), num_workers=3, loader_workers=1), []
     prepare = datamodule.prepare_documents
 
     def prepare_alone(source, tokenizer, folder, num_workers):
@@ -185,7 +185,7 @@ def test_prepared_data_and_workers_are_where_and_as_many_as_asked(make_module, t
         return prepare(source, tokenizer, folder, 0)
 
     monkeypatch.setattr(datamodule, "prepare_documents", prepare_alone)
-    assert opened(module).train_dataloader().num_workers == 2
+    assert opened(module).train_dataloader().num_workers == 1
     assert asked == [3] and len(list((tmp_path / "here").iterdir())) == 1
 
 
