@@ -176,7 +176,7 @@ def measure(config: CalibrationConfig) -> Row:
         "metric": result.metric,
         "num_samples": len(result.problems),
         "threshold": config.threshold,
-        **{name: _summary(*run) for name, run in runs.items()},
+        **{name: _summary(*run[1:]) for name, run in runs.items()},
         "edges": list(EDGES),
         **confidence_counts(traces),
         **position_counts(runs["parallel"][2], lm.model.block_size),
@@ -191,7 +191,7 @@ def measure(config: CalibrationConfig) -> Row:
     return row
 
 
-def _summary(lm: TracedLM, result: Any, traces: Sequence[Traced]) -> dict[str, float]:
+def _summary(result: Any, traces: Sequence[Traced]) -> dict[str, float]:
     decoded = [traced.decoded for traced in traces]
     return {
         "accuracy": sum(problem["correct"] for problem in result.problems) / len(result.problems),

@@ -122,7 +122,12 @@ def measure(config: FlipsConfig) -> None:
         "equal_answers": sum(a == b for a, b in zip(plain, ours, strict=True)),
     }
     commit, is_dirty = code_revision()
-    result |= {"device": device_name(device), "revision": commit, "is_dirty": is_dirty, "config": asdict(config)}
+    result |= {
+        "device": device_name(device),
+        "revision": commit,
+        "is_dirty": is_dirty,
+        "config": asdict(config) | {"output": Path(config.output).name},
+    }
     print(json.dumps(result, indent=1))
     if config.output:
         write_text(Path(config.output), json.dumps(result, indent=1) + "\n")

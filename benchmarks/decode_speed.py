@@ -173,7 +173,8 @@ def measure(config: SpeedConfig) -> None:
     cells = chosen_cells(config)
     passes, answers = ([cell for cell in cells if cell.has_answers == flag] for flag in (False, True))
     torch.set_float32_matmul_precision("high")
-    bench, rows = Bench(config.trace, 60 * config.minutes, asdict(config)), {}
+    written = asdict(config) | {"output": Path(config.output).name}  # no path of this machine
+    bench, rows = Bench(config.trace, 60 * config.minutes, written), {}
     kept_free = ANSWERS_SHARE * 60 * config.minutes if answers else 0.0
     for cell in passes:
         row = measure_pass(bench, cell, config.passes, config.profile) if bench.has_time(kept_free) else None

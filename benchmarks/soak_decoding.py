@@ -94,7 +94,11 @@ def soak(config: SoakConfig) -> Tally:
         check(model, tokenizer, requests, config, chance, tally)
         print(f"{tally.requests} requests, memory ran out {tally.failures} times, {len(tally.ties)} ties", flush=True)
     result = asdict(tally) | {"seconds": time.perf_counter() - started, "device": device_name(torch.device("cpu"))}
-    result |= {"revision": code_revision()[0], "is_dirty": code_revision()[1], "config": asdict(config)}
+    result |= {
+        "revision": code_revision()[0],
+        "is_dirty": code_revision()[1],
+        "config": asdict(config) | {"output": Path(config.output).name},
+    }
     print(json.dumps(result))
     if config.output:
         write_text(Path(config.output), json.dumps(result, indent=1) + "\n")

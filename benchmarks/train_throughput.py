@@ -308,7 +308,7 @@ def _row(cell, config, micro_batch_size, module, strategy, watch: Stopwatch, dev
         "revision": commit,
         "is_dirty": is_dirty,
         "versions": library_versions(),
-        "config": asdict(config),
+        "config": asdict(config) | {"output": Path(config.output).name},
     }
 
 

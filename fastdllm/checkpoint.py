@@ -153,11 +153,6 @@ def empty_model(source: str) -> Qwen2ForCausalLM:
     return _empty_qwen(Qwen2Config(**qwen_arguments(raw, source)))
 
 
-def checkpoint_size(source: str) -> int:
-    """Return the number of parameters without loading weights; a tied embedding counts once."""
-    return sum(parameter.numel() for parameter in empty_model(source).parameters())
-
-
 def add_mask_token(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> int:
     """Return the mask token's id, adding the token under the first free id where the tokenizer lacks it.
 

@@ -15,7 +15,7 @@ from fastdllm.checkpoint import (
     MASK_TOKEN,
     Adaptation,
     add_mask_token,
-    checkpoint_size,
+    empty_model,
     load_checkpoint,
     save_checkpoint,
 )
@@ -163,7 +163,7 @@ def test_shards_load_and_a_missing_one_is_named(export, byte_tokenizer, monkeypa
 def test_size_counts_a_tied_embedding_once_without_weights(export):
     folder, qwen = export
     (folder / "model.safetensors").unlink()
-    assert checkpoint_size(str(folder)) == sum(parameter.numel() for parameter in qwen.parameters())
+    assert empty_model(str(folder)).num_parameters() == sum(parameter.numel() for parameter in qwen.parameters())
 
 
 def test_digest_follows_weights_and_config_but_not_the_writer(export):
@@ -290,7 +290,7 @@ def test_a_hub_id_is_downloaded_without_code_and_loaded(export, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "snapshot_download", download)
     assert load_checkpoint("owner/name").adaptation == ADAPTATION
-    assert checkpoint_size("owner/name") > 0
+    assert empty_model("owner/name").num_parameters() > 0
     assert asked[0][0] == "owner/name" and asked[1][1] == ["config.json"]
     assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in asked[0][1])
 

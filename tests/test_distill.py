@@ -85,6 +85,22 @@ def test_broken_off_and_begun_again_it_writes_what_an_unbroken_call_does(tmp_pat
     assert ours == whole and len({row["messages"][-1]["content"] for row in whole}) > 3
 
 
+def test_every_answer_has_its_own_seed_and_another_config_s_seed_has_others(tmp_path, prompts, monkeypatch):
+    asked = []
+
+    def run_none(engine, requests):
+        asked.extend(request.seed for request in requests)
+        assert (engine.batch_size, engine.decode.temperature, engine.decode.top_p) == (7, 1.5, 0.75)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "run", run_none)
+    options = dict(samples=2, temperature=1.5, top_p=0.75, batch_size=7)
+    for seed in (0, 2):
+        with pytest.raises(KeyboardInterrupt):
+            distill.distill(make_config(tmp_path, prompts, seed=seed, **options))
+    assert sorted(asked) == [0, 1, 2, 3, 4, 5, *range(12, 18)]  # (seed x 3 prompts + prompt) x 2 samples + sample
+
+
 def test_answers_to_prompts_that_were_changed_since_are_not_taken(tmp_path, prompts, monkeypatch):
     run = Engine.run
 

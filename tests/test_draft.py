@@ -285,6 +285,12 @@ def test_the_meter_counts_accepted_drafts_by_hand():
     assert (values["accuracy_by_row/02"], values["accuracy_by_row/03"]) == (0.5, 0.5)
 
 
+def test_a_sample_has_as_many_window_rows_as_asked_for():
+    shapes = [dataclasses.replace(DRAFT, rows_per_token=share).sample_shape(L) for share in (0.5, 1.0, 2.0)]
+    assert [shape.num_targets for shape in shapes] == [12, 24, 48]
+    assert {shape.num_rows for shape in shapes} == {L}
+
+
 def test_wrong_settings_are_refused():
     for wrong in ({"window": 12}, {"window": 256}, {"rows_per_token": 0.0}, {"decay": 0.0}, {"decay": 1.1}):
         with pytest.raises(ValueError, match=f"draft.{next(iter(wrong))} must"):

@@ -5,6 +5,7 @@ between versions of matplotlib.
 """
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,11 @@ def test_a_committed_page_is_what_its_rows_give(page, reports):
 def test_every_experiment_has_such_a_page():
     folders = {page.relative_to(ROOT / "experiments").parts[0] for page in PAGES}
     assert folders == {path.name for path in (ROOT / "experiments").iterdir() if path.is_dir()}
+
+
+def test_no_row_names_a_folder_of_the_machine_that_it_was_measured_on():
+    rows = [*(ROOT / "experiments").rglob("*.json"), *(ROOT / "data").rglob("rows/*.json")]
+    assert rows and [row.name for row in rows if re.search(r'"/\w+/', row.read_text())] == []
 
 
 def test_every_figure_is_a_small_png():

@@ -54,6 +54,11 @@ class DataConfig(SourceConfig):
                 raise ValueError(f"data.{name} must be 0 or more, got {getattr(self, name)}.")
         if self.sample_length < 1:
             raise ValueError(f"data.sample_length must be 1 or more, got {self.sample_length}.")
+        if self.validation_split and not self.validation_path:
+            raise ValueError(
+                f"data.validation_split {self.validation_split!r} does nothing without data.validation_path; for "
+                f"another split of the same dataset set that to data.path ({self.path!r})."
+            )
         if self.validation_path and self.validation_path == self.path and self.validation_split in ("", self.split):
             raise ValueError(
                 f"data.validation_path {self.validation_path!r} is what is trained on; name another file or "
@@ -63,9 +68,8 @@ class DataConfig(SourceConfig):
     @property
     def validation_source(self) -> SourceConfig:
         """The source of a separate validation set; without validation_path there is none."""
-        source = replace(
-            self, path=self.validation_path, split=self.validation_split or self.split, limit=0, validation_path=""
-        )
+        own = {"path": self.validation_path, "split": self.validation_split or self.split, "limit": 0}
+        source = replace(self, **own, validation_path="", validation_split="")
         return replace(source, subset="") if source.files else source
 
 

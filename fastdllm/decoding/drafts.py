@@ -7,9 +7,10 @@ from functools import cache
 from typing import NamedTuple
 
 MOST_DRAFTS = 64
-# Milliseconds of a pass by its rows, 1.5B on an H100: 1, 8, 64 and 256 were measured before there were verifying
-# passes. Beyond, a row costs what it does between the last two.
-PASS_COSTS = ((1, 1.67), (8, 1.70), (64, 2.0), (256, 3.2))
+# Milliseconds of a pass by its rows, 1.5B on an H100, context 512 (experiments/02_decode_speed, revision 0b8e6c71bd):
+# a token, a sub-block, two and four blocks of one slot, one of each of eight; no verifying pass was measured. Beyond,
+# a row costs what it does between the last two.
+PASS_COSTS = ((1, 1.67), (8, 1.83), (64, 1.95), (128, 2.48), (256, 3.29))
 LENGTHS = (4, 8, 16)
 STRIDES = (1, 2, 4)  # a group for each accepted length, for every second one, ...
 FIRST_RATE, FIRST_WEIGHT = 0.75, 20.0  # what is believed before any draft was checked, and how firmly, in drafts

@@ -30,8 +30,8 @@ from fastdllm.decoding.verify import VerifySteps
 from fastdllm.model import BlockDiffusionLM
 
 __all__ = ["Completion", "DecodeConfig", "Engine", "Request", "stop_token_ids"]
-FREE_ROWS = 256  # with CUDA graphs, on an H100: a pass of a 1.5B over 256 rows takes 3.2 ms, two of 64 take 4.0
-BLIND_ROWS = 64  # a pass over 64 rows takes 2.0 ms, one over 8 takes 1.7: not worth the host's knowing which is needed
+FREE_ROWS = 256  # 1.5B, H100, graphs (experiments/02_decode_speed): a pass over 256 rows takes 3.29 ms, two of 64 3.89
+BLIND_ROWS = 64  # there 64 rows take 1.95 ms, 8 take 1.83: not worth the host's knowing which are needed
 PREFILL_WIDTH = 256  # tokens of each prompt read in one pass
 
 

@@ -325,8 +325,3 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     """Return a header and lines as a Markdown table."""
     head, *body = lines
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body))
-
-
-def markdown_table(rows: Sequence[Row], show_mixed_revisions: bool = False) -> str:
-    """Return the rows as a Markdown table with its caption. Raises ValueError for rows of mixed revisions."""
-    return f"{markdown(table_lines(rows, show_mixed_revisions))}\n\n{caption(rows)}\n"

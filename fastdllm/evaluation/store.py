@@ -10,7 +10,7 @@ Key = tuple[str, int, int, str]
 
 
 def digest(*read: Any) -> str:
-    """Return 16 hex digits over what a model reads for one request: tokens, limits, stop strings."""
+    """Return 16 hex digits over JSON: what a model reads for one request (tokens, limits, stop strings), or a row."""
     return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
 
 

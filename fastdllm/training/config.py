@@ -9,7 +9,8 @@ import torch
 from fastdllm.adapter import AdapterSettings
 from fastdllm.data.datamodule import DataConfig
 from fastdllm.data.packing import Objective
-from fastdllm.decoding.config import DecodeConfig
+from fastdllm.decoding.config import DecodeConfig, check_decoding
+from fastdllm.decoding.reuse import ReuseConfig
 from fastdllm.draft import DraftConfig
 from fastdllm.model import Recompute
 from fastdllm.objective import ObjectiveConfig
@@ -111,16 +112,34 @@ class TrainConfig:
         if self.lora.rank and self.strategy not in ("auto", "ddp"):
             raise ValueError(f"lora.rank above 0 needs strategy auto or ddp, got {self.strategy}: nothing to divide.")
         self._check_adapt()
-        if self.objective.block_size % self.decode.sub_block_size:
-            raise ValueError(
-                f"decode.sub_block_size must divide objective.block_size ({self.objective.block_size}), got "
-                f"{self.decode.sub_block_size}; try {self.objective.block_size // 4}."
-            )
+        self._check_decode()
         if self.data.sample_length % self.objective.block_size:
             raise ValueError(
                 f"data.sample_length must be a multiple of objective.block_size ({self.objective.block_size}), got "
                 f"{self.data.sample_length}."
             )
+
+    def _check_decode(self) -> None:
+        """Raise a ValueError for what the first text sample would refuse, in the middle of the run."""
+        block_size = self.objective.block_size
+        if block_size % self.decode.sub_block_size:
+            raise ValueError(
+                f"decode.sub_block_size must divide objective.block_size ({block_size}), got "
+                f"{self.decode.sub_block_size}; try {block_size // 4}."
+            )
+        if self.decode.weight_format != "model":
+            raise ValueError(
+                f"decode.weight_format {self.decode.weight_format} is for evaluation, text samples are decoded with "
+                "the weights as they are; leave it out."
+            )
+        check_decoding(
+            "ar" if self.objective.kind == "autoregressive" else "diffusion",
+            self.decode,
+            ReuseConfig(),
+            block_size=block_size,
+            num_layers=0,  # read by reuse alone
+            context_attention=self.objective.context_attention,
+        )
 
     def _check_adapt(self) -> None:
         """Raise a ValueError for what does not go with `adapt`, or would do nothing under it."""

@@ -20,6 +20,10 @@ class LoraSettings(AdapterSettings):
         if self.rank < 0:
             raise ValueError(f"lora.rank must be 0 (train all weights) or more, got {self.rank}.")
         check_updates(self, "lora")
+        if not self.rank and (self.alpha, self.targets) != (AdapterSettings().alpha, AdapterSettings().targets):
+            raise ValueError(
+                "lora.alpha and lora.targets do nothing with lora.rank 0; set lora.rank, or leave them out."
+            )
 
 
 def add_lora(model: BlockDiffusionLM, settings: LoraSettings, seed: int) -> None:

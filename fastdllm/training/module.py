@@ -75,6 +75,10 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}.")
         if not 0 <= self.min_ratio <= 1:
             raise ValueError(f"optimizer.min_ratio must be in [0, 1], got {self.min_ratio}.")
+        if self.schedule == "constant" and self.min_ratio != OptimizerConfig.min_ratio:
+            raise ValueError(
+                f"optimizer.min_ratio {self.min_ratio} does nothing with optimizer.schedule constant; leave one out."
+            )
 
 
 def learning_rate_factor(step: int, max_steps: int, config: OptimizerConfig) -> float:

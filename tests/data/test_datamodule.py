@@ -7,6 +7,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from fastdllm.data import datamodule
 from fastdllm.data.datamodule import AdaptDataModule, BatchPlan, DataConfig, StepSampler, TrainingSamples
 from fastdllm.objective import ObjectiveConfig
 
@@ -173,6 +174,19 @@ def test_batches_do_not_depend_on_the_loader_workers(make_module):
     workers = list(opened(make_module(loader_workers=2)).train_dataloader())
     for one, other in zip(alone, workers, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_prepared_data_and_workers_are_where_and_as_many_as_asked(make_module, tmp_path, monkeypatch):
+    module, asked = make_module(cache_dir=str(tmp_path / "here"), num_workers=3, loader_workers=1), []
+    prepare = datamodule.prepare_documents
+
+    def prepare_alone(source, tokenizer, folder, num_workers):
+        asked.append(num_workers)
+        return prepare(source, tokenizer, folder, 0)
+
+    monkeypatch.setattr(datamodule, "prepare_documents", prepare_alone)
+    assert opened(module).train_dataloader().num_workers == 1
+    assert asked == [3] and len(list((tmp_path / "here").iterdir())) == 1
 
 
 def test_order_is_a_function_of_seed_and_epoch(make_module):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fastdllm.data.documents as documents_module
+from fastdllm.data.datamodule import DataConfig
 from fastdllm.data.documents import Documents, prepare_documents
 from fastdllm.data.sources import SourceConfig, check_source, parse_row, render, tokenize
 
@@ -69,6 +70,13 @@ def test_columns_as_in_the_nemotron_dataset(tmp_path, byte_tokenizer):
     [(text, response)] = texts(documents, byte_tokenizer)
     assert text.startswith("<|im_start|>system\nthinking off<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n")
     assert response == "A<|im_end|>\n"
+
+
+def test_messages_are_read_from_the_column_that_is_named(tmp_path, byte_tokenizer):
+    rows = [{"talk": MULTI_TURN, "messages": [{"role": "user", "content": "another column"}]}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    [(_, response)] = texts(prepare(tmp_path, byte_tokenizer, path=path, messages_column="talk"), byte_tokenizer)
+    assert response == "4<|im_end|>\n6<|im_end|>\n"
 
 
 def test_several_files_are_read_in_order_and_limited(tmp_path, byte_tokenizer):
@@ -137,6 +145,31 @@ def test_a_dataset_folder_is_read_by_the_datasets_library(tmp_path, byte_tokeniz
     assert (len(documents), documents.meta["malformed"]) == (1, 1)
     limited = prepare(tmp_path, byte_tokenizer, path=str(folder), limit=1)
     assert limited.meta["malformed"] == 0 and limited.folder != documents.folder
+
+
+def test_the_split_and_subset_of_a_dataset_are_those_that_are_named(tmp_path, byte_tokenizer):
+    folder = tmp_path / "some_dataset"
+    folder.mkdir()
+    configs = []
+    for subset in ("easy", "hard"):
+        files = {split: f"{subset}_{split}.jsonl" for split in ("train", "other")}
+        for split, name in files.items():
+            write_lines(folder / name, [{"prompt": "p", "response": f"{subset} {split}"}])
+        configs += [f"- config_name: {subset}", "  data_files:"]
+        configs += [line for split in files for line in (f"  - split: {split}", f"    path: {files[split]}")]
+    (folder / "README.md").write_text("\n".join(["---", "configs:", *configs, "---", ""]))
+    for subset, split in (("easy", "train"), ("hard", "train"), ("hard", "other")):
+        check_source(config := SourceConfig(path=str(folder), subset=subset, split=split))
+        documents = Documents(prepare_documents(config, byte_tokenizer, str(tmp_path / "prepared"), 0))
+        [(_, response)] = texts(documents, byte_tokenizer)
+        assert response == f"{subset} {split}<|im_end|>\n"
+    with pytest.raises(ValueError, match="data.split: .* has train, other, got 'validation'"):
+        check_source(SourceConfig(path=str(folder), subset="hard", split="validation"))
+
+
+def test_a_validation_set_may_be_another_split_of_the_same_dataset():
+    config = DataConfig(path="owner/name", split="train", validation_path="owner/name", validation_split="test")
+    assert (config.validation_source.path, config.validation_source.split) == ("owner/name", "test")
 
 
 def test_the_cache_is_reused_until_something_that_decides_the_tokens_changes(tmp_path, byte_tokenizer, monkeypatch):

@@ -40,5 +40,8 @@ def test_the_demo_measures_ar_the_fresh_adaptation_and_the_bundled_one_with_its_
     ]
     assert {(one.run, one.task, one.limit, one.force) for one in measured} == {("runs/demo", "tiny_problems", 3, "")}
     assert len(rows) == 4 and (tmp_path / "runs/demo/figure.png").exists()
+    demo.run_demo(demo.DemoConfig(fresh=True))
+    assert trained[1] == ["--config", "configs/demo.yaml", "--fresh"]
+    assert {(one.limit, one.force) for one in measured[4:]} == {(0, "all")}
     printed = capsys.readouterr().out
     assert "== 6/6" in printed and "tiny-adapted: data/tiny-adapted" in printed

@@ -8,6 +8,7 @@ from fastdllm.checkpoint import load_checkpoint
 from fastdllm.decoding.engine import DecodeConfig
 from fastdllm.evaluation import harness
 from fastdllm.evaluation.arguments import parse_arguments
+from fastdllm.evaluation.baseline import TransformersEngine
 from fastdllm.evaluation.config import EvaluateConfig
 from fastdllm.evaluation.harness import FastDLLMv2, published_prompt, run_task
 from fastdllm.evaluation.likelihood import masked_row
@@ -80,9 +81,31 @@ def test_every_reuse_option_reaches_the_engine_from_lm_evals_arguments(adapted):
     assert model(adapted, active_rows="needed", use_block_cache=True)._engine().reuse.is_trimmed
 
 
+def test_every_option_of_unmasking_reaches_the_engine_from_lm_evals_arguments(adapted):
+    options = dict(threshold=0.6, use_block_cache=True, fuse_append=True, temperature=0.5, top_p=0.75)
+    engine = model(adapted, small_block_size="16", batch_size="3", **options)._engine()
+    assert (engine.decode, engine.batch_size) == (DecodeConfig(sub_block_size=16, **options), 3)
+    other = model(adapted, policy="factor", policy_parameter="0.25")._engine()
+    assert (other.decode.policy, other.decode.parameter) == ("factor", 0.25)
+    outside = model(adapted, mode="ar", engine="transformers", batch_size=3)._engine()
+    assert (type(outside), outside.batch_size) == (TransformersEngine, 3)
+
+
 def test_published_arguments_of_the_checkpoint_are_accepted(adapted):
     lm = model(adapted, bd_size=32, mask_id=load_checkpoint(adapted).mask_token_id, layer_subset="first", reuse_k=1)
     assert lm.mode == "diffusion" and lm.tokenizer_name and lm.chat_template(True)
+
+
+def test_seed_speed_and_name_of_an_experiment_do_what_they_say(adapted, capsys):
+    lm = model(adapted, seed=5, show_speed=True, experiment_name="try 1", max_new_tokens=3)
+    requests = [instance("generate_until", "one two", {"until": []})]
+    assert [lm._request(number, requests[0]).seed for number in (0, 2)] == [5, 7]
+    assert lm.get_model_info()["experiment_name"] == "try 1"
+    lm.generate_until(requests, disable_tqdm=True)
+    assert " tokens/s" in capsys.readouterr().out
+    quiet = model(adapted, max_new_tokens=3)
+    quiet.generate_until(requests, disable_tqdm=True)
+    assert " tokens/s" not in capsys.readouterr().out
 
 
 def test_a_diffusion_model_is_needed_for_diffusion(plain):

@@ -6,8 +6,9 @@ import pytest
 from fastdllm.evaluation.plots import draw_accuracy
 from fastdllm.evaluation.results import (
     ROW_FIELDS,
+    caption,
     make_row,
-    markdown_table,
+    markdown,
     print_table,
     ratios,
     read_rows,
@@ -66,7 +67,7 @@ def test_a_half_written_or_foreign_file_is_not_a_row(tmp_path):
 @pytest.mark.parametrize("change", [{"revision": "fedcba9876543210"}, {"is_dirty": True}])
 def test_tables_and_figures_refuse_mixed_revisions_unless_told_to_show_them(change, tmp_path):
     mixed = [*rows(), fake_row(cell(), **change)]
-    for use in (table_lines, print_table, markdown_table, lambda some: draw_accuracy(some, tmp_path / "x.png")):
+    for use in (table_lines, print_table, lambda some: draw_accuracy(some, tmp_path / "x.png")):
         with pytest.raises(ValueError, match="one code revision.*--show_mixed_revisions"):
             use(mixed)
     assert table_lines(mixed, show_mixed_revisions=True)[0][-1] == "revision"
@@ -83,8 +84,8 @@ def test_the_table_names_model_tokens_and_decoding(capsys):
         "threshold 0.9, k3 last (delta)",
     ]
     assert lines[1][:2] == ["tiny", "1,000"] and "revision" not in header
-    text = markdown_table(rows())
-    assert text.count("\n| ") == 5 and "cpu, float32" in text and "4 problems" in text
+    assert markdown([header, *lines]).count("\n| ") == 5
+    assert "cpu, float32" in caption(rows()) and "4 problems" in caption(rows())
 
 
 def test_adaptive_reuse_and_active_rows_are_named_where_they_are_unusual():
@@ -104,7 +105,7 @@ def test_repeats_of_a_cell_are_one_line_with_mean_and_spread():
     assert header[-1] == "repeats" and (line[-1], other[-1]) == ("2", "1") and other[5] == "15.0"
     again[1]["accuracy"] = 0.5
     assert table_lines(again)[1][3] == "62.5 % (repeats: 50.0 to 75.0)"
-    assert "repeats: mean" in markdown_table(again) and "repeats" not in markdown_table(again[:1])
+    assert "repeats: mean" in caption(again) and "repeats" not in caption(again[:1])
 
 
 def test_rows_of_two_devices_or_checkpoints_are_no_repeats_of_one_another():

@@ -8,9 +8,16 @@ import pytest
 
 from fastdllm.checkpoint import load_checkpoint
 from fastdllm.decoding.engine import DecodeConfig
+from fastdllm.evaluation.arguments import parse_arguments
 from fastdllm.evaluation.config import AxesConfig, EvaluateConfig
-from fastdllm.evaluation.settings import canonical_subset, make_plans, newest_export, resolve_settings
-from fastdllm.evaluation.sweep import cell_state
+from fastdllm.evaluation.settings import (
+    canonical_subset,
+    harness_arguments,
+    make_plans,
+    newest_export,
+    resolve_settings,
+)
+from fastdllm.evaluation.sweep import cell_state, make_cell
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +45,15 @@ def test_each_form_of_the_threshold_wins_in_its_turn(adapted):
         ({"threshold": 1.0}, 1.0),
     ):
         assert resolve_settings(EvaluateConfig(**changes), checkpoint)["threshold"] == threshold
+
+
+def test_seed_and_prompt_decide_the_measurement_and_reach_the_model(adapted):
+    config = EvaluateConfig(seed=7, prompt="lm_eval", decode=DecodeConfig(temperature=0.5, top_p=0.75))
+    settings = resolve_settings(config, load_checkpoint(adapted))
+    arguments = parse_arguments(harness_arguments(settings))
+    assert (arguments.seed, arguments.prompt, arguments.decode.top_p) == (7, "lm_eval", 0.75)
+    cell = make_cell(settings).settings
+    assert (cell["seed"], cell["prompt"], cell["top_p"]) == (7, "lm_eval", 0.75)
 
 
 def test_a_list_that_is_a_named_subset_gets_its_name():

@@ -5,25 +5,41 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_qwen
 
-from fastdllm.objective import Targets
+from fastdllm.model import BlockDiffusionLM
+from fastdllm.objective import ObjectiveConfig, Targets
 from fastdllm.training.meter import Meter, Scores
-from fastdllm.training.module import OptimizerConfig, learning_rate_factor
+from fastdllm.training.module import AdaptModule, OptimizerConfig, learning_rate_factor
 from fastdllm.training.strategies import clip_gradients
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():
-    config = OptimizerConfig(warmup_steps=4, min_ratio=0.1)
+    config = OptimizerConfig(warmup_steps=4, min_ratio=0.2)
     factors = [learning_rate_factor(step, 12, config) for step in range(13)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0
-    assert factors[8] == pytest.approx(0.55)  # half way: the middle of 1 and 0.1
-    assert factors[12] == pytest.approx(0.1)
+    assert factors[8] == pytest.approx(0.6)  # half way: the middle of 1 and 0.2
+    assert factors[12] == pytest.approx(0.2)
 
 
 def test_constant_schedule_stays_at_the_peak():
     config = OptimizerConfig(warmup_steps=1, schedule="constant")
     assert [learning_rate_factor(step, 3, config) for step in range(3)] == [1.0, 1.0, 1.0]
+
+
+def test_every_option_of_the_optimizer_reaches_it():
+    options = OptimizerConfig(learning_rate=0.5, weight_decay=0.25, beta1=0.75, beta2=0.625, epsilon=0.125)
+    model = BlockDiffusionLM(make_qwen(), block_size=8, mask_token_id=259)
+    module = AdaptModule(
+        model, objective=ObjectiveConfig(), optimizer=options, max_steps=1, log_every=1, sample_length=32
+    )
+    optimizer = module.configure_optimizers()["optimizer"]
+    for group in optimizer.param_groups:
+        assert (group["initial_lr"], group["betas"], group["eps"]) == (0.5, (0.75, 0.625), 0.125)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    layer, embedding = model.qwen.model.layers[0], model.qwen.model.embed_tokens.weight
+    assert [decays[id(p)] for p in (layer.mlp.up_proj.weight, layer.self_attn.q_proj.bias, embedding)] == [0.25, 0, 0]
 
 
 def test_meter_sorts_targets_by_noise_level_and_next_token_apart():

@@ -3,20 +3,35 @@
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from conftest import make_qwen
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastdllm.__main__ import main
 from fastdllm.checkpoint import load_checkpoint
 from fastdllm.cli import parse, to_yaml
+from fastdllm.data.datamodule import DataConfig
+from fastdllm.decoding.config import DecodeConfig
+from fastdllm.decoding.rows import Request
+from fastdllm.model import BlockDiffusionLM
 from fastdllm.objective import ObjectiveConfig
+from fastdllm.training import run
+from fastdllm.training.callbacks import TextSamples
 from fastdllm.training.config import TrainConfig, resolve, run_folder
 from fastdllm.training.export import export_run, read_weights
+from fastdllm.training.lora import LoraSettings
+from fastdllm.training.module import OptimizerConfig
+from fastdllm.training.requeue import StopOnSignal
 from fastdllm.training.run import train
 from fastdllm.training.snapshots import newest_complete
+from fastdllm.training.strategies import CPUDeepSpeedStrategy
+from fastdllm.training.trainer import make_callbacks, make_trainer
 from training.conftest import ROOT, by_hand, exported_weights
 from training.forked_training import ForkedTraining
 
@@ -44,7 +59,9 @@ def test_training_lowers_the_loss_and_logs_it(make_config):
 
 def test_export_has_the_trained_weights_and_remembers_the_run(make_config):
     objective = ObjectiveConfig(block_size=8, first_token="clean", context_attention="causal", ar_loss_weight=0.3)
-    config = make_config(task="gsm8k", objective=objective)
+    config = make_config(
+        task="gsm8k", objective=objective, decode=DecodeConfig(threshold=0.75, sub_block_size=4), max_steps=4
+    )
     folder = train(config)
     snapshot = newest_complete(run_folder(config) / "checkpoints")
     exported, trained = load_checkpoint(str(folder)), load_checkpoint(config.checkpoint).qwen
@@ -53,6 +70,7 @@ def test_export_has_the_trained_weights_and_remembers_the_run(make_config):
     torch.testing.assert_close(exported.qwen(tokens).logits, trained(tokens).logits)
     adaptation = exported.adaptation
     assert (adaptation.task, adaptation.block_size, adaptation.first_token) == ("gsm8k", 8, "clean")
+    assert (adaptation.threshold, adaptation.sub_block_size) == (0.75, 4)
     assert (adaptation.context_attention, adaptation.base) == ("causal", Path(config.checkpoint).name)
     assert adaptation.data_tokens == snapshot.data_tokens > 0
 
@@ -141,6 +159,83 @@ def test_auto_means_ddp_on_several_devices_only(make_config):
     assert resolve(make_config(devices=2)).accumulate == 1
 
 
+def test_nodes_count_and_the_trainer_gets_what_the_config_says(make_config):
+    config = make_config(num_nodes=2, optimizer=OptimizerConfig(clip_norm=0.25))
+    setup = resolve(config)
+    assert (setup.world_size, setup.accumulate) == (2, 1)
+    trainer = make_trainer(config, setup, [])
+    assert (trainer.num_nodes, trainer.gradient_clip_val) == (2, 0.25)
+    off = dataclasses.replace(config, num_nodes=1, optimizer=OptimizerConfig(clip_norm=0.0))
+    assert make_trainer(off, resolve(off), []).gradient_clip_val is None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind"),
+    [("ddp", DDPStrategy), ("fsdp2", ModelParallelStrategy), ("deepspeed_stage_2", CPUDeepSpeedStrategy)],
+)
+def test_the_strategy_is_the_one_that_is_named(make_config, strategy, kind):
+    config = make_config(devices=2, strategy=strategy)
+    assert type(make_trainer(config, resolve(config), []).strategy) is kind
+
+
+def test_the_module_trains_as_the_config_says(make_config, monkeypatch):
+    def note(model, **options):
+        raise KeyboardInterrupt(options)
+
+    monkeypatch.setattr(run, "AdaptModule", note)
+    with pytest.raises(KeyboardInterrupt) as noted:
+        train(make_config(compile="layers", recompute="full", precision="bf16", log_every=3))
+    (options,) = noted.value.args
+    chosen = [options[name] for name in ("compile_layers", "recompute", "compute_dtype", "log_every")]
+    assert chosen == [True, "full", torch.bfloat16, 3]
+
+
+@pytest.mark.parametrize(
+    ("decode", "kind", "message"),
+    [
+        (DecodeConfig(sub_block_size=16), "block_diffusion", r"sub_block_size must divide .* \(8\), got 16; try 2"),
+        (
+            DecodeConfig(weight_format="int8", sub_block_size=4),
+            "block_diffusion",
+            "weight_format int8 is for eval",
+        ),
+        (DecodeConfig(policy="verified"), "block_diffusion", "verified needs a model whose context attends causally"),
+        (DecodeConfig(policy="verified"), "autoregressive", "verified does nothing in mode ar"),
+        (DecodeConfig(fuse_append=True), "autoregressive", "fuse_append needs diffusion decoding"),
+    ],
+)
+def test_what_the_first_text_sample_would_refuse_is_refused_at_once(make_config, decode, kind, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(decode=decode, objective=ObjectiveConfig(kind=kind, block_size=8))
+
+
+@pytest.mark.parametrize(
+    ("section", "options", "message"),
+    [
+        (LoraSettings, {"alpha": 8.0}, "lora.alpha and lora.targets do nothing with lora.rank 0"),
+        (LoraSettings, {"targets": ["q_proj"]}, "lora.alpha and lora.targets do nothing with lora.rank 0"),
+        (OptimizerConfig, {"schedule": "constant", "min_ratio": 0.5}, "min_ratio 0.5 does nothing .* constant"),
+        (DataConfig, {"path": "a/b", "validation_split": "test"}, r"set that to data.path \('a/b'\)"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(section, options, message):
+    with pytest.raises(ValueError, match=message):
+        section(**options)
+
+
+def test_samples_are_decoded_as_the_config_says(make_config, byte_tokenizer):
+    decode = DecodeConfig(threshold=0.5, sub_block_size=4)
+    config = make_config(sample_every=1, num_samples=2, sample_tokens=5, decode=decode)
+    sample = {"tokens": np.arange(6), "is_response": np.arange(6) > 3}
+    data = SimpleNamespace(validation=[], training=[sample] * 3)
+    callbacks = make_callbacks(config, resolve(config), Path(), data, byte_tokenizer, StopOnSignal())
+    (samples,) = [callback for callback in callbacks if isinstance(callback, TextSamples)]
+    model = BlockDiffusionLM(make_qwen(), block_size=8, mask_token_id=259)
+    engine = samples.make_engine(model)
+    assert (engine.decode, engine.mode) == (config.decode, "diffusion")
+    assert samples.make_requests() == [Request(prompt=[0, 1, 2, 3], max_new_tokens=5)] * 2
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
 def test_config_file_parses(file):
     config = parse(TrainConfig, ["--config", str(file)])
@@ -157,8 +252,10 @@ def test_fresh_deletes_nothing_before_the_new_run_is_known_to_start(make_config)
     with pytest.raises(REFUSALS, match="absent"):
         train(broken)
     assert (run_folder(config) / "export" / "config.json").exists()
+    before = exported_weights(config)
     train(dataclasses.replace(config, fresh=True, seed=1))
     assert "fresh: false" in (run_folder(config) / "config.yaml").read_text()  # a restart must not delete again
+    assert any(not torch.equal(weight, before[name]) for name, weight in exported_weights(config).items()), "the seed"
 
 
 def test_a_folder_that_is_no_run_is_never_touched(make_config):
