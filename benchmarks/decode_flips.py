@@ -61,7 +61,7 @@ class BothForward(PlainForward):
         super().__init__(model, cache)
         self.fused, self.fused_cache = FusedForward(model), SlotCache(model, cache.keys.shape[1], cache.capacity)
 
-    def __call__(self, tokens, rows, reuse=None):
+    def __call__(self, tokens, rows, reuse=None, *, is_clean=False):
         return torch.cat([super().__call__(tokens, rows), self.fused(tokens, rows, self.fused_cache)], dim=-1)
 
     def propose(self, hidden, *options):

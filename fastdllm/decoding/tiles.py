@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+REDUCED_DEPTH = 2048  # of K that one program reduces to an update's rank, at most
 PROGRAMS = 264  # aimed at in a product: two for each of an H100's multiprocessors
 
 
@@ -60,3 +61,12 @@ def default_tiles(num_rows: int, columns: int, depth: int, item_bytes: int) -> T
     programs = -(-columns // width) * -(-num_rows // rows)
     in_part = -(-depth // (max(1, min(PROGRAMS // programs, 8, depth // 128)) * 128)) * 128
     return Tiles(rows, width, step, -(-depth // in_part), stages=8 // item_bytes)  # what shared memory holds
+
+
+def reducing_tiles(num_rows: int, depth: int, item_bytes: int) -> Tiles:
+    """Return tiles for rows [R, K] times the few weight rows that an update reduces to: R, K. Not measured.
+
+    What was reduced is read again by every program of the product behind, so K is shared only where it is long.
+    """
+    rows = 16 if num_rows <= 64 else 32
+    return Tiles(rows, 32, 128, -(-depth // REDUCED_DEPTH), stages=8 // item_bytes)

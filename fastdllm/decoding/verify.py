@@ -59,7 +59,8 @@ class VerifySteps(Steps):
         lengths = tables.groups.minimum(num_drafts[:, None])  # [B, G]
         masked = self._number(self.model.mask_token_id).expand(len(slots), plan.num_drafting)
         tokens = torch.cat([self._known(slots, at.start[:, None]), drafts, masked], dim=1)
-        hidden = self.forward(tokens, self._draft_rows(slots, at, is_served, num_drafts, lengths, tables))
+        rows = self._draft_rows(slots, at, is_served, num_drafts, lengths, tables)
+        hidden = self.forward(tokens, rows, is_clean=not plan.num_drafting)
         chosen = self._choose(at, hidden[:, :size])
         is_right = (chosen[:, :-1] == drafts) & (self._range(plan.length) < num_drafts[:, None])
         accepted = self._num_accepted(at, is_right, num_drafts)
