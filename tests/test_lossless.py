@@ -84,7 +84,9 @@ def test_what_is_noted_of_drafts_is_what_answers_count(lossless, adapter, tmp_pa
     constant = torch.zeros(bench.adapted.qwen.config.vocab_size)
     constant[9] = 1.0
     monkeypatch.setattr(bench.adapted, "logits", lambda hidden: constant.expand(*hidden.shape[:-1], -1))
-    engine = Engine(bench.adapted, bench.tokenizer, decode=DecodeConfig(policy="verified", draft_length=3), batch_size=2)
+    engine = Engine(
+        bench.adapted, bench.tokenizer, decode=DecodeConfig(policy="verified", draft_length=3), batch_size=2
+    )
     engine.steps_class = lossless.NotedSteps
     done = list(engine.run(bench.requests))
     notes = engine.steps.notes
