@@ -20,7 +20,7 @@ ROW_FIELDS = (
     *("bandwidth_fraction_of_read", "tokens_per_forward", "tokens_per_second", "tokens_per_second_decode"),
     *("first_token_seconds", "tokens", "passes", "peak_memory_gb", "repeats", "spread", "capture_seconds"),
     *("warmup_seconds", "copy_bytes_per_second", "read_bytes_per_second", "device", "revision", "is_dirty"),
-    *("versions", "config", "layers_run", "rows_run"),
+    *("versions", "config", "layers_run", "rows_run", "speedup_over_own_ar", "speedup_over_transformers"),
 )
 PASS_COLUMNS = {  # field -> heading and form
     **{"shape": ("shape", ""), "kind": ("pass", ""), "rows": ("rows", ""), "batch_size": ("batch", "")},
@@ -35,6 +35,12 @@ ANSWER_COLUMNS = {
     **{"ms_per_forward": ("ms a pass", ".2f"), "bandwidth_fraction": ("of the floor", ".1%")},
     **{"spread": ("spread", ".1%"), "repeats": ("repeats", ""), "peak_memory_gb": ("peak GB", ".1f")},
     **{"capture_seconds": ("capture s", ".1f")},
+}
+VERIFIED_COLUMNS = {
+    **{"shape": ("shape", ""), "engine": ("drafts", ""), "batch_size": ("batch", "")},
+    **{"tokens_per_forward": ("tokens per forward", ".2f"), "tokens_per_second": ("tokens/s", ",.0f")},
+    **{"speedup_over_own_ar": ("of own AR", ".2f"), "speedup_over_transformers": ("of transformers", ".2f")},
+    **{"ms_per_forward": ("ms a pass", ".2f"), "spread": ("spread", ".1%"), "repeats": ("repeats", "")},
 }
 COMMENT = "<!-- report: decode_speed"
 RESULTS = f"""# 02 How fast is a decoding pass, and from which batch on is token by token faster?
@@ -69,9 +75,9 @@ def read_rows(files: Iterable[Path]) -> list[Row]:
 
 
 def split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Return the rows of passes and those of answers; those of reuse are neither."""
+    """Return the rows of passes and those of answers; those of reuse and of policy verified are neither."""
     answers = [row for row in rows if row["kind"] == "answers"]
-    return [row for row in rows if row["kind"] not in ("answers", "reuse")], answers
+    return [row for row in rows if row["kind"] not in ("answers", "reuse", "verified")], answers
 
 
 def reuse_table(rows: Sequence[Row]) -> list[list[str]]:
@@ -94,6 +100,38 @@ def reuse_table(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
+def verified_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Return heading and lines for the rows of policy verified."""
+    return table(rows, VERIFIED_COLUMNS)
+
+
+def add_speed_ups(rows: Sequence[Row]) -> list[Row]:
+    """Set the speed of each row of policy verified beside those of the baselines at its shape and batch, if they are
+    there; return these rows."""
+    verified = [row for row in rows if row["kind"] == "verified"]
+    baselines = {"speedup_over_own_ar": "fastdllm_ar", "speedup_over_transformers": "transformers"}
+    speeds = {
+        (row["engine"], row["shape"], row["batch_size"]): row["tokens_per_second"]
+        for row in rows
+        if row["kind"] == "answers"
+    }
+    for row in verified:
+        for name, engine in baselines.items():
+            speed = speeds.get((engine, row["shape"], row["batch_size"]))
+            row[name] = None if speed is None else row["tokens_per_second"] / speed
+    return verified
+
+
+def pass_costs(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    """Return the milliseconds of verifying passes by their rows in all, for each shape, as drafts.PASS_COSTS has them."""
+    costs: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["kind"] == "verify":
+            pair = row["rows"] * row["batch_size"], round(row["ms_per_forward"], 3)
+            costs.setdefault(row["shape"], []).append(pair)
+    return {shape: sorted(pairs) for shape, pairs in costs.items()}
+
+
 def table(rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> list[list[str]]:
     """Return heading and lines; what does not apply is a dash."""
     lines = [
@@ -113,8 +151,11 @@ def print_rows(rows: Sequence[Row]) -> None:
 def tables(rows: Sequence[Row]) -> list[list[list[str]]]:
     """Return the tables of those kinds of cells that there are."""
     parts = zip(split(rows), (PASS_COLUMNS, ANSWER_COLUMNS), strict=True)
-    reused = [row for row in rows if row["kind"] == "reuse"]
-    return [table(part, columns) for part, columns in parts if part] + ([reuse_table(reused)] if reused else [])
+    made = [table(part, columns) for part, columns in parts if part]
+    for kind, make in (("reuse", reuse_table), ("verified", verified_table)):
+        found = [row for row in rows if row["kind"] == kind]
+        made += [make(found)] if found else []
+    return made
 
 
 def write_report(folder: Path) -> None:

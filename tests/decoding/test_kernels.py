@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from decoding.test_engine import make_prompts
 from decoding.test_fused import MASK, check_pass, make_cache, make_model, make_rows, run_both
 from decoding.test_updates import check_adapted, check_clean_rows, make_adapted
+from decoding.test_verify import answers, make_engine, make_requests
 from fastdllm.adapter import TARGETS
 from fastdllm.decoding import operations
 from fastdllm.decoding.fused import FusedForward
@@ -342,6 +344,19 @@ def test_a_fused_pass_with_an_adapter_and_kernels_equals_the_models(targets, ove
 @pytest.mark.parametrize("overlap", overlaps())
 def test_clean_rows_of_a_pass_with_an_adapter_are_those_without_it_to_the_bit(overlap):
     check_clean_rows(Kernels(overlap=overlap), torch.bfloat16, DEVICE)
+
+
+@kernels_on
+@pytest.mark.skipif(IS_INTERPRETED, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("draft_length", [0, 4, 16])  # of 16, all groups are too many rows for the kernels
+def test_an_engine_with_an_adapter_answers_from_cuda_graphs_what_plain_layers_answer(byte_tokenizer, draft_length):
+    requests = make_requests(make_prompts((1, 5, 8, 12, 21)))
+    expected = answers(make_engine(make_model(), byte_tokenizer, 5, mode="ar"), requests)
+    model = make_adapted(device=DEVICE)
+    for batch_size in (1, 3):
+        engine = make_engine(model, byte_tokenizer, batch_size, draft_length=draft_length)
+        assert engine.is_fused and engine.is_graphed
+        assert [one.tokens for one in answers(engine, requests)] == [one.tokens for one in expected]
 
 
 @kernels_on
