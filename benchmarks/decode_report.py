@@ -20,8 +20,9 @@ ROW_FIELDS = (
     *("bandwidth_fraction_of_read", "tokens_per_forward", "tokens_per_second", "tokens_per_second_decode"),
     *("first_token_seconds", "tokens", "passes", "peak_memory_gb", "repeats", "spread", "capture_seconds"),
     *("warmup_seconds", "copy_bytes_per_second", "read_bytes_per_second", "device", "revision", "is_dirty"),
-    *("versions", "config", "layers_run", "rows_run", "speedup_over_own_ar", "speedup_over_transformers"),
+    *("versions", "config", "layers_run", "rows_run"),
 )
+VERIFIED_FIELDS = ("speedup_over_own_ar", "speedup_over_transformers")  # of rows of policy verified, besides
 PASS_COLUMNS = {  # field -> heading and form
     **{"shape": ("shape", ""), "kind": ("pass", ""), "rows": ("rows", ""), "batch_size": ("batch", "")},
     **{"context": ("context", ",d"), "ms_per_forward": ("ms", ".3f")},
@@ -57,10 +58,11 @@ RESULTS = f"""# 02 How fast is a decoding pass, and from which batch on is token
 
 def make_row(**values: Any) -> Row:
     """Return a row with every field, null where nothing is given. Raises ValueError for a field unknown to rows."""
-    unknown = sorted(values.keys() - set(ROW_FIELDS))
+    names = ROW_FIELDS + (VERIFIED_FIELDS if values.get("kind") == "verified" else ())
+    unknown = sorted(values.keys() - set(names))
     if unknown:
         raise ValueError(f"a row has no field {', '.join(unknown)}.")
-    return {name: values.get(name) for name in ROW_FIELDS}
+    return {name: values.get(name) for name in names}
 
 
 def write_row(folder: str | Path, row: Row) -> None:
@@ -123,7 +125,7 @@ def add_speed_ups(rows: Sequence[Row]) -> list[Row]:
 
 
 def pass_costs(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
-    """Return the milliseconds of verifying passes by their rows in all, for each shape, as drafts.PASS_COSTS has them."""
+    """Return the milliseconds of verifying passes by all their rows, for each shape, as drafts.PASS_COSTS has them."""
     costs: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row["kind"] == "verify":
