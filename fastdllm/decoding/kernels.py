@@ -5,7 +5,8 @@ waits for the host, and every sum is taken in a fixed order, so a pass can be ca
 for bit. On Hopper each kernel may start while the one before it still runs (programmatic dependent launch): it fetches
 its weights into the L2, then waits for the earlier one to be complete before it touches anything else. Since every
 kernel waits, a complete kernel means that all before it are complete. A product lets the next one start only when its
-loop over K has ended: at its beginning was measured to be slower.
+loop over K has ended: at its beginning was measured to be slower. What reduces rows to an update's rank is so small
+that it leaves room for the next one, which can begin to fetch its weights.
 """
 
 import torch
@@ -19,7 +20,7 @@ from fastdllm.decoding.quantized import Weight, values_and_scale
 from fastdllm.decoding.tiles import TILES, Settings, Tiles, TileTable, default_tiles, reducing_tiles
 from fastdllm.decoding.updates import LowRankUpdate
 
-NOTHING_ADDED = dict(RANK=1, SECTIONS=1, REDUCED_PARTS=1, FIRST_END=0, SECOND_END=0)
+PLAIN = dict(RANK=1, SECTIONS=1, REDUCED_PARTS=1, FIRST_END=0, SECOND_END=0, EARLY=False)  # product, nothing added
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where a difference of two is taken
 
 
@@ -115,10 +116,10 @@ class Kernels:
 
     def _reduce(self, rows: Tensor, update: LowRankUpdate) -> Tensor:
         """Return rows [R, K] times the reducing matrix, [P, R, S * rank]; float32 where P is above 1."""
-        tiles = reducing_tiles(*rows.shape, rows.element_size())
+        tiles = reducing_tiles(*rows.shape, rows.element_size(), self.settings)
         dtype = rows.dtype if tiles.parts == 1 else torch.float32
         out = rows.new_empty(tiles.parts, len(rows), len(update.reduce), dtype=dtype)
-        self._product(rows, update.reduce, None, out, tiles, GATED=False)
+        self._product(rows, update.reduce, None, out, tiles, GATED=False, EARLY=self.settings.starts_early)
         return out
 
     def _product(
@@ -136,7 +137,7 @@ class Kernels:
         grid = (triton.cdiv(R, tiles.rows), triton.cdiv(N, tiles.columns), len(out))
         own = dict(N=N, K=K, ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, PARTS=len(out))
         arguments, run = (rows, values, scale, *added, out, R), dict(warps=tiles.warps, stages=tiles.stages)
-        self._launch(multiply, grid, *arguments, **run, **(NOTHING_ADDED | own | sizes))
+        self._launch(multiply, grid, *arguments, **run, **(PLAIN | own | sizes))
 
     def _launch(self, kernel, grid: tuple, *arguments, warps: int = 4, stages: int = 1, **sizes) -> None:
         options = dict(launch_pdl=True) if self.overlap else {}
@@ -295,7 +296,7 @@ def _head_tile(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     weight_row, tiles = tl.minimum(column, V - 1), tl.cdiv(C, DEPTH)
-    logits = dot_tiles(hidden, head, tl.minimum(row, R - 1), weight_row, 0, tiles, C, DEPTH, OVERLAP)
+    logits = dot_tiles(hidden, head, tl.minimum(row, R - 1), weight_row, 0, tiles, C, DEPTH, OVERLAP, False)
     if scale is not None:
         logits *= tl.load(scale + weight_row)[:, None]
     is_allowed = (column < V) & (column != banned)

@@ -25,7 +25,10 @@ def dot(left, right, total):
 
 
 @triton.jit
-def dot_tiles(rows, weight, row, column, first, last, K: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr):
+def dot_tiles(
+    rows, weight, row, column, first, last, K: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     """Return [columns, rows] float32: weight rows `column` times rows `row`, over the tiles of K from first to last.
 
     The weights stand on the left, since a Hopper product takes 64 from there and as few as 8 from the right.
@@ -38,6 +41,8 @@ def dot_tiles(rows, weight, row, column, first, last, K: tl.constexpr, DEPTH: tl
         for tile in range(first, tl.minimum(first + AHEAD, last)):
             address = (weight + column[:, None] * K + (tile * DEPTH + line)[None, :]).to(tl.int64)
             tl.inline_asm_elementwise(code, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     total = tl.zeros([column.shape[0], row.shape[0]], tl.float32)
     for tile in range(first, last):
@@ -51,7 +56,7 @@ def dot_tiles(rows, weight, row, column, first, last, K: tl.constexpr, DEPTH: tl
             left = tl.load(weight_at, mask=at[None, :] < K, other=0.0)
             right = tl.load(rows_at, mask=at[:, None] < K, other=0.0)
         total = dot(left, right, total)
-    if OVERLAP:
+    if OVERLAP and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     return total
 
@@ -92,7 +97,7 @@ def multiply(
     rows, weight, scale, reduced, expand, gate, out, R, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr,
     SECTIONS: tl.constexpr, REDUCED_PARTS: tl.constexpr, FIRST_END: tl.constexpr, SECOND_END: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write rows [R, K] times weight [N, K], which may have a scale [N]: out is [PARTS, R, N], or [R, N / 2] if gated.
 
@@ -105,7 +110,7 @@ def multiply(
     last = tl.minimum(first + per_part, tl.cdiv(K, DEPTH))
     paired = tl.minimum(column // 2, N // 2 - 1) + (column % 2) * (N // 2)  # a row of the gate's, one of up's, ...
     weight_row = paired if GATED else tl.minimum(column, N - 1)
-    total = dot_tiles(rows, weight, tl.minimum(row, R - 1), weight_row, first, last, K, DEPTH, OVERLAP)
+    total = dot_tiles(rows, weight, tl.minimum(row, R - 1), weight_row, first, last, K, DEPTH, OVERLAP, EARLY)
     if scale is not None:
         total *= tl.load(scale + weight_row)[:, None]
     if reduced is not None:  # noqa: SIM102

@@ -122,7 +122,7 @@ def test_products_equal_plain_ones(R, N, K, tiles, dtype, overlap):
 def test_products_compile_for_hopper_where_no_gpu_is_needed(weights):
     scale = [] if weights == "*bf16" else ["*fp32"]
     tiles = dict(ROWS=32, COLUMNS=64, DEPTH=64, OVERLAP=True)
-    product = dict(N=128, K=256, PARTS=2, GATED=False, **tiles)
+    product = dict(N=128, K=256, PARTS=2, GATED=False, EARLY=weights == "*i8", **tiles)
     section = dict(RANK=1, SECTIONS=1, REDUCED_PARTS=1, FIRST_END=128, SECOND_END=128)
     without = product | section | dict.fromkeys(("reduced", "expand", "gate"))
     compile_for_hopper(products.multiply, ["*bf16", weights, *scale, "*fp32", "i32"], without)
@@ -200,8 +200,10 @@ def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it():
 
 @kernels_on
 def test_small_kernels_cut_up_in_another_way_give_the_same_pass():
-    model, settings = make_model(DEVICE), Settings(8, 4, 32, 16, 64, 8, 3)
+    model, settings = make_model(DEVICE), Settings(8, 4, 32, 16, 64, 8, 3, 64, 32, False)
     check_pass(model, FusedForward(model, Kernels(settings=settings)), 3, 8, atol=1e-4, rtol=1e-4)
+    adapted = make_adapted(["down_proj"], device=DEVICE)
+    check_adapted(adapted, FusedForward(adapted, Kernels(settings=settings)), 2, 3, atol=1e-4, rtol=1e-4)
 
 
 @kernels_on
