@@ -14,7 +14,7 @@ from transformers import Qwen2ForCausalLM
 
 from fastdllm.adapter import AdapterSettings, adapter_weights, add_adapter
 from fastdllm.decoding.cache import cache_bytes_per_place
-from fastdllm.decoding.drafts import PLAIN, DraftChooser, DraftPlan
+from fastdllm.decoding.drafts import DraftChooser, DraftPlan
 from fastdllm.decoding.engine import DecodeConfig, Engine, Request
 from fastdllm.decoding.reuse import ReuseConfig
 from fastdllm.decoding.rows import Row
@@ -26,18 +26,9 @@ PHASES = {"token": Phase.TOKEN, "sub_block": Phase.SUB_BLOCK, "full": Phase.FULL
 PHASES |= {"verify": Phase.VERIFY}
 BLOCK_SIZE, SUB_BLOCK_SIZE = 32, 8
 ADAPTER_RANK = 64
-DRAFTS = {"d4": 4, "d8": 8, "d16": 16, "chosen": 0}  # how policy verified drafts -> draft_length
-# Rows of a verifying pass -> a plan that has so many.
-PLANS = {
-    plan.num_rows: plan
-    for plan in (
-        PLAIN,
-        *(
-            DraftPlan(length, tuple(range(groups)))
-            for length, groups in ((3, 1), (5, 2), (5, 5), (9, 6), (8, 9), (14, 8), (15, 16))
-        ),
-    )
-}
+DRAFTS = {"d4": 4, "d7": 7, "d8": 8, "d15": 15, "d16": 16, "chosen": 0}  # how policy verified drafts -> draft_length
+SIZES = ((0, 0), (3, 1), (3, 4), (5, 5), (7, 8), (8, 9), (14, 8), (15, 16))  # drafts and groups of a verifying pass
+PLANS = {plan.num_rows: plan for plan in (DraftPlan(length, tuple(range(groups))) for length, groups in SIZES)}
 REUSES = {
     "none": ReuseConfig(),
     "output_k2": ReuseConfig(reuse_k=2),

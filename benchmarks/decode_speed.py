@@ -11,7 +11,7 @@ Random weights of real shapes, random prompts. A cell is one of
     SHAPE/answers/ENGINE/bBATCH      whole answers of a fixed length. Denoising steps reveal what `trace` says, so that
                                      engines are compared at equal tokens per forward (see replay.py)
     SHAPE/reuse/WAY/bBATCH           the same of our engine with layers or rows reused; not in the default set
-    SHAPE/verified/DRAFTS/bBATCH     the same by policy verified with a random adapter of rank 64: d4, d8, d16, chosen;
+    SHAPE/verified/DRAFTS/bBATCH     the same by policy verified with a random adapter of rank 64: d4, d7, ..., chosen;
                                      `acceptance` or `accepted` say how many drafts are; not in the default set
     SHAPE/verify/ROWSxBATCH/cCONTEXT one verifying pass; what drafts.PASS_COSTS holds is printed; not in the default set
 Engines: `fastdllm`, `fastdllm_ar`, `transformers` (its own `generate`), `transformers_compiled` (static cache,

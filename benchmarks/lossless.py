@@ -77,7 +77,7 @@ class LosslessConfig:
     """Limit on each answer."""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32])
     """Prompts decoded together."""
-    draft_lengths: list[int] = field(default_factory=lambda: [4, 8, 16, 0])
+    draft_lengths: list[int] = field(default_factory=lambda: [4, 7, 8, 15, 16, 0])
     """Drafts of a pass; 0: chosen while decoding."""
     repeats: int = 1
     """Rounds in which speeds of our engine are measured; the median counts."""

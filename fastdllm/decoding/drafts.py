@@ -10,7 +10,7 @@ MOST_DRAFTS = 64
 # Milliseconds of a pass by its rows, 1.5B on an H100: 1, 8, 64 and 256 were measured before there were verifying
 # passes. Beyond, a row costs what it does between the last two.
 PASS_COSTS = ((1, 1.67), (8, 1.70), (64, 2.0), (256, 3.2))
-LENGTHS = (4, 8, 16)
+LENGTHS = (3, 7, 15)  # with all groups 16, 64 and 256 rows, which fill the kernels' tiles
 STRIDES = (1, 2, 4)  # a group for each accepted length, for every second one, ...
 FIRST_RATE, FIRST_WEIGHT = 0.75, 20.0  # what is believed before any draft was checked, and how firmly, in drafts
 KEPT = 0.98  # of the weight of what was seen, at each report

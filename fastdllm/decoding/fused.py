@@ -144,7 +144,7 @@ class FusedForward:
             )
         rows = rows._replace(limits=rows.limits.clamp(max=cache.capacity))
         rows = PassRows(*(None if tensor is None else tensor.contiguous() for tensor in rows))
-        gate = None if self._updates is None or is_clean else (tokens == self.mask_token_id).view(-1, 1)  # [R, 1]
+        gate = None if self._updates is None or is_clean else (tokens == self.mask_token_id).reshape(-1, 1)  # [R, 1]
         before = self._embed(tokens, gate) if before is None else before
         layers = self._all if layers is None else layers
         hidden, parts = before.flatten(0, 1).contiguous(), None  # [R, C]; parts [P, R, C], to be added
