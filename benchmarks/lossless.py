@@ -30,7 +30,7 @@ from fastdllm.decoding.config import DecodeConfig
 from fastdllm.decoding.engine import Engine, Request
 from fastdllm.decoding.policies import VERIFIED
 from fastdllm.decoding.reference import causal_logits, decode_with_transformers
-from fastdllm.decoding.rows import Completion
+from fastdllm.decoding.rows import Completion, stop_token_ids
 from fastdllm.decoding.state import Phase
 from fastdllm.decoding.verify import VerifySteps
 from fastdllm.evaluation.results import markdown
@@ -155,7 +155,7 @@ class Lossless:
                     self.base,
                     prompts,
                     max_new_tokens=most,
-                    stop_ids=Engine(self.base, self.tokenizer, mode="ar").stop_ids,
+                    stop_ids=stop_token_ids(self.tokenizer),
                     pad_token_id=self.tokenizer.pad_token_id,
                 )
             seconds += time.perf_counter() - started
