@@ -40,7 +40,7 @@ class AnswerCell:
     def __init__(self, bench: Bench, cell: Cell, prompt_tokens: int, new_tokens: int, published: str):
         self.bench, self.cell, self.results = bench, replace(cell, context=prompt_tokens), []
         self.new_tokens, self.prompts = new_tokens, random_prompts(cell.batch_size, prompt_tokens)
-        is_ours = cell.kind == "reuse" or cell.engine.startswith("fastdllm")
+        is_ours = cell.kind in ("reuse", "verified") or cell.engine.startswith("fastdllm")
         self.engine = bench.engine(cell) if is_ours else None
         if cell.engine == "transformers_compiled":
             config = bench.model(cell.shape).qwen.config
@@ -64,7 +64,8 @@ class AnswerCell:
     def _run_engine(self, new_tokens: int) -> Answers:
         engine = self.engine
         before, before_decode = engine.seconds, engine.decode_seconds
-        done = list(engine.run(Request(prompt=prompt, max_new_tokens=new_tokens) for prompt in self.prompts))
+        prompts = enumerate(self.prompts)
+        done = list(engine.run(Request(prompt=one, max_new_tokens=new_tokens, seed=seed) for seed, one in prompts))
         if engine.num_slots < self.cell.batch_size:
             raise RuntimeError(f"{self.cell.name} does not fit into the memory: only {engine.num_slots} slots do.")
         return Answers(

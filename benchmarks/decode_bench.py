@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from decode_report import make_row  # beside this file
-from replay import replaying
+from replay import accepting, draw_accepted, replaying
 from shapes import MASK_TOKEN_ID, random_qwen
 from transformers import Qwen2ForCausalLM
 
+from fastdllm.adapter import AdapterSettings, adapter_weights, add_adapter
 from fastdllm.decoding.cache import cache_bytes_per_place
+from fastdllm.decoding.drafts import DraftChooser, DraftPlan
 from fastdllm.decoding.engine import DecodeConfig, Engine, Request
 from fastdllm.decoding.reuse import ReuseConfig
 from fastdllm.decoding.rows import Row
@@ -21,7 +23,12 @@ from fastdllm.model import BlockDiffusionLM
 from fastdllm.runtime import code_revision, device_name, get_optimal_dtype, library_versions, pick_device
 
 PHASES = {"token": Phase.TOKEN, "sub_block": Phase.SUB_BLOCK, "full": Phase.FULL, "append": Phase.APPEND}
+PHASES |= {"verify": Phase.VERIFY}
 BLOCK_SIZE, SUB_BLOCK_SIZE = 32, 8
+ADAPTER_RANK = 64
+DRAFTS = {"d4": 4, "d7": 7, "d8": 8, "d15": 15, "d16": 16, "chosen": 0}  # how policy verified drafts -> draft_length
+SIZES = ((0, 0), (3, 1), (3, 4), (5, 5), (7, 8), (8, 9), (14, 8), (15, 16))  # drafts and groups of a verifying pass
+PLANS = {plan.num_rows: plan for plan in (DraftPlan(length, tuple(range(groups))) for length, groups in SIZES)}
 REUSES = {
     "none": ReuseConfig(),
     "output_k2": ReuseConfig(reuse_k=2),
@@ -36,7 +43,8 @@ REUSES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured; rows are those of one slot in one pass, 0 for answers; of kind reuse, engine is the way."""
+    """What is measured; rows are those of one slot in one pass, 0 for answers; of kinds reuse and verified, engine is
+    the way."""
 
     shape: str
     kind: str
@@ -48,7 +56,12 @@ class Cell:
     @property
     def has_answers(self) -> bool:
         """Whether whole answers are measured, and not a pass."""
-        return self.kind in ("answers", "reuse")
+        return self.kind in ("answers", "reuse", "verified")
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the model has a gated adapter."""
+        return self.kind in ("verified", "verify")
 
     @property
     def name(self) -> str:
@@ -94,8 +107,10 @@ class TimedEngine(Engine):
         known = {"append": self.model.block_size, "sub_block": SUB_BLOCK_SIZE + 1}.get(cell.kind, 1)
         for slot, row in enumerate(rows):
             row.slot, row.phase = slot, PHASES[cell.kind]
-            row.start = cell.context - (cell.kind == "token")
+            row.start = cell.context - (cell.kind in ("token", "verify"))
             numbers = dict(limit=row.limit, prefilled=cell.context, start=row.start, phase=PHASES[cell.kind])
+            if cell.kind == "verify":
+                numbers |= dict(num_drafts=PLANS[cell.rows].length)
             if cell.kind == "sub_block":
                 numbers |= dict(offset=SUB_BLOCK_SIZE, has_cache=1)
             self.state.admit(slot, row.request.prompt, parameter=self.decode.parameter, **numbers)
@@ -133,6 +148,7 @@ class Bench:
         self.device, self.started = pick_device(), time.perf_counter()
         self.dtype = get_optimal_dtype(self.device)[0]
         self.models: dict[tuple[str, int], BlockDiffusionLM] = {}
+        self.adapted: dict[str, BlockDiffusionLM] = {}
         self.copy_rate, self.read_rate = memory_rates(self.device)
         print(
             f"{device_name(self.device)}, {self.dtype}: copies {self.copy_rate / 1e12:.3f} TB/s, "
@@ -152,6 +168,24 @@ class Bench:
             self.models[shape, block_size] = model
         return self.models[shape, block_size]
 
+    def adapted_model(self, shape: str) -> BlockDiffusionLM:
+        """Return a model of the shape with a gated adapter of random values, on weights of its own."""
+        if shape not in self.adapted:
+            options = dict(block_size=BLOCK_SIZE, mask_token_id=MASK_TOKEN_ID, context_attention="causal")
+            model = BlockDiffusionLM(self._make_qwen(shape), **options).eval()
+            add_adapter(model, AdapterSettings(rank=ADAPTER_RANK), seed=0)
+            for weight in adapter_weights(model).values():
+                weight.data = (weight.data + 0.01 * torch.randn_like(weight)).to(self.dtype)
+                weight.requires_grad_(False)
+            self.adapted[shape] = model
+        return self.adapted[shape]
+
+    def model_of(self, cell: Cell) -> BlockDiffusionLM:
+        """Return the cell's model."""
+        if cell.is_adapted:
+            return self.adapted_model(cell.shape)
+        return self.model(cell.shape, cell.rows if cell.rows > BLOCK_SIZE else BLOCK_SIZE)
+
     def _make_qwen(self, shape: str) -> Qwen2ForCausalLM:
         qwen = random_qwen(shape, self.device)
         for weight in qwen.parameters():  # buffers keep their float32 angles
@@ -165,19 +199,26 @@ class Bench:
         return time.perf_counter() - self.started + seconds < self.seconds
 
     def engine(self, cell: Cell) -> TimedEngine:
-        is_diffusion = cell.engine == "fastdllm" or cell.kind == "reuse"
-        model = self.model(cell.shape, cell.rows if cell.rows > BLOCK_SIZE else BLOCK_SIZE)
+        is_diffusion = cell.engine == "fastdllm" or cell.kind == "reuse" or cell.is_adapted
+        decode = DecodeConfig(policy="fixed", sub_block_size=SUB_BLOCK_SIZE)
+        if cell.is_adapted:
+            decode = DecodeConfig(policy="verified", draft_length=DRAFTS.get(cell.engine, 0))
         engine = TimedEngine(
-            model,
+            self.model_of(cell),
             NoTokenizer(),
             mode="diffusion" if is_diffusion else "ar",
-            decode=DecodeConfig(policy="fixed", sub_block_size=SUB_BLOCK_SIZE),
+            decode=decode,
             reuse=REUSES[cell.engine] if cell.kind == "reuse" else None,
             batch_size=cell.batch_size,
             is_graphed=self.config["graphs"] and self.device.type == "cuda",
             is_fused=self.config["fused"] and self.device.type == "cuda",
         )
-        engine.steps_class = replaying(self.trace)
+        if cell.is_adapted:
+            accepted = draw_accepted(self.config["acceptance"], self.config["accepted"])
+            engine.steps_class = accepting(accepted)
+            engine._drafts = DraftChooser(PLANS[cell.rows]) if cell.kind == "verify" else engine._drafts
+        else:
+            engine.steps_class = replaying(self.trace)
         return engine
 
     def elapsed(self, call: Callable[[], Any]) -> float:
@@ -207,7 +248,7 @@ class Bench:
 
     def row(self, cell: Cell, seconds: float, places: float, peak_bytes: int, **values: Any) -> dict[str, Any]:
         """Return the cell's row; a pass took `seconds` and saw `places` of each slot. The weights count as memory."""
-        model = self.model(cell.shape)
+        model = self.model_of(cell)
         weights = sum(weight.numel() * weight.element_size() for weight in model.qwen.parameters())
         minimum = weights + cell.batch_size * places * cache_bytes_per_place(model)
         return make_row(

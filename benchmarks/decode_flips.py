@@ -61,7 +61,7 @@ class BothForward(PlainForward):
         super().__init__(model, cache)
         self.fused, self.fused_cache = FusedForward(model), SlotCache(model, cache.keys.shape[1], cache.capacity)
 
-    def __call__(self, tokens, rows, reuse=None):
+    def __call__(self, tokens, rows, reuse=None, *, is_clean=False):
         return torch.cat([super().__call__(tokens, rows), self.fused(tokens, rows, self.fused_cache)], dim=-1)
 
     def propose(self, hidden, *options):
@@ -133,10 +133,15 @@ def measure(config: FlipsConfig) -> None:
         write_text(Path(config.output), json.dumps(result, indent=1) + "\n")
 
 
+def read_lines(path: str) -> list[dict]:
+    """Return the objects of a file of JSON lines, gzip or not."""
+    opened = gzip.open if path.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def read_requests(config: FlipsConfig, tokenizer) -> list[Request]:
-    opened = gzip.open if config.prompts.endswith(".gz") else open
-    with opened(config.prompts, "rt", encoding="utf-8") as file:
-        questions = [json.loads(line)["question"] for line in file][: config.count]
+    questions = [line["question"] for line in read_lines(config.prompts)][: config.count]
     texts = [
         tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False)
         for q in questions

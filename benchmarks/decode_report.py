@@ -22,6 +22,7 @@ ROW_FIELDS = (
     *("warmup_seconds", "copy_bytes_per_second", "read_bytes_per_second", "device", "revision", "is_dirty"),
     *("versions", "config", "layers_run", "rows_run"),
 )
+VERIFIED_FIELDS = ("speedup_over_own_ar", "speedup_over_transformers")  # of rows of policy verified, besides
 PASS_COLUMNS = {  # field -> heading and form
     **{"shape": ("shape", ""), "kind": ("pass", ""), "rows": ("rows", ""), "batch_size": ("batch", "")},
     **{"context": ("context", ",d"), "ms_per_forward": ("ms", ".3f")},
@@ -35,6 +36,12 @@ ANSWER_COLUMNS = {
     **{"ms_per_forward": ("ms a pass", ".2f"), "bandwidth_fraction": ("of the floor", ".1%")},
     **{"spread": ("spread", ".1%"), "repeats": ("repeats", ""), "peak_memory_gb": ("peak GB", ".1f")},
     **{"capture_seconds": ("capture s", ".1f")},
+}
+VERIFIED_COLUMNS = {
+    **{"shape": ("shape", ""), "engine": ("drafts", ""), "batch_size": ("batch", "")},
+    **{"tokens_per_forward": ("tokens per forward", ".2f"), "tokens_per_second": ("tokens/s", ",.0f")},
+    **{"speedup_over_own_ar": ("of own AR", ".2f"), "speedup_over_transformers": ("of transformers", ".2f")},
+    **{"ms_per_forward": ("ms a pass", ".2f"), "spread": ("spread", ".1%"), "repeats": ("repeats", "")},
 }
 COMMENT = "<!-- report: decode_speed"
 RESULTS = f"""# 02 How fast is a decoding pass, and from which batch on is token by token faster?
@@ -51,10 +58,11 @@ RESULTS = f"""# 02 How fast is a decoding pass, and from which batch on is token
 
 def make_row(**values: Any) -> Row:
     """Return a row with every field, null where nothing is given. Raises ValueError for a field unknown to rows."""
-    unknown = sorted(values.keys() - set(ROW_FIELDS))
+    names = ROW_FIELDS + (VERIFIED_FIELDS if values.get("kind") == "verified" else ())
+    unknown = sorted(values.keys() - set(names))
     if unknown:
         raise ValueError(f"a row has no field {', '.join(unknown)}.")
-    return {name: values.get(name) for name in ROW_FIELDS}
+    return {name: values.get(name) for name in names}
 
 
 def write_row(folder: str | Path, row: Row) -> None:
@@ -69,9 +77,9 @@ def read_rows(files: Iterable[Path]) -> list[Row]:
 
 
 def split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Return the rows of passes and those of answers; those of reuse are neither."""
+    """Return the rows of passes and those of answers; those of reuse and of policy verified are neither."""
     answers = [row for row in rows if row["kind"] == "answers"]
-    return [row for row in rows if row["kind"] not in ("answers", "reuse")], answers
+    return [row for row in rows if row["kind"] not in ("answers", "reuse", "verified")], answers
 
 
 def reuse_table(rows: Sequence[Row]) -> list[list[str]]:
@@ -94,6 +102,38 @@ def reuse_table(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
+def verified_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Return heading and lines for the rows of policy verified."""
+    return table(rows, VERIFIED_COLUMNS)
+
+
+def add_speed_ups(rows: Sequence[Row]) -> list[Row]:
+    """Set the speed of each row of policy verified beside those of the baselines at its shape and batch, if they are
+    there; return these rows."""
+    verified = [row for row in rows if row["kind"] == "verified"]
+    baselines = {"speedup_over_own_ar": "fastdllm_ar", "speedup_over_transformers": "transformers"}
+    speeds = {
+        (row["engine"], row["shape"], row["batch_size"]): row["tokens_per_second"]
+        for row in rows
+        if row["kind"] == "answers"
+    }
+    for row in verified:
+        for name, engine in baselines.items():
+            speed = speeds.get((engine, row["shape"], row["batch_size"]))
+            row[name] = None if speed is None else row["tokens_per_second"] / speed
+    return verified
+
+
+def pass_costs(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    """Return the milliseconds of verifying passes by all their rows, for each shape, as drafts.PASS_COSTS has them."""
+    costs: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["kind"] == "verify":
+            pair = row["rows"] * row["batch_size"], round(row["ms_per_forward"], 3)
+            costs.setdefault(row["shape"], []).append(pair)
+    return {shape: sorted(pairs) for shape, pairs in costs.items()}
+
+
 def table(rows: Sequence[Row], columns: dict[str, tuple[str, str]]) -> list[list[str]]:
     """Return heading and lines; what does not apply is a dash."""
     lines = [
@@ -113,8 +153,11 @@ def print_rows(rows: Sequence[Row]) -> None:
 def tables(rows: Sequence[Row]) -> list[list[list[str]]]:
     """Return the tables of those kinds of cells that there are."""
     parts = zip(split(rows), (PASS_COLUMNS, ANSWER_COLUMNS), strict=True)
-    reused = [row for row in rows if row["kind"] == "reuse"]
-    return [table(part, columns) for part, columns in parts if part] + ([reuse_table(reused)] if reused else [])
+    made = [table(part, columns) for part, columns in parts if part]
+    for kind, make in (("reuse", reuse_table), ("verified", verified_table)):
+        found = [row for row in rows if row["kind"] == kind]
+        made += [make(found)] if found else []
+    return made
 
 
 def write_report(folder: Path) -> None:

@@ -11,6 +11,9 @@ Random weights of real shapes, random prompts. A cell is one of
     SHAPE/answers/ENGINE/bBATCH      whole answers of a fixed length. Denoising steps reveal what `trace` says, so that
                                      engines are compared at equal tokens per forward (see replay.py)
     SHAPE/reuse/WAY/bBATCH           the same of our engine with layers or rows reused; not in the default set
+    SHAPE/verified/DRAFTS/bBATCH     the same by policy verified with a random adapter of rank 64: d4, d7, ..., chosen;
+                                     `acceptance` or `accepted` say how many drafts are; not in the default set
+    SHAPE/verify/ROWSxBATCH/cCONTEXT one verifying pass; what drafts.PASS_COSTS holds is printed; not in the default set
 Engines: `fastdllm`, `fastdllm_ar`, `transformers` (its own `generate`), `transformers_compiled` (static cache,
 torch.compile) and, with its FOLDER, `published` (**which runs the code in it**, as check_published.py does).
 
@@ -29,10 +32,10 @@ from typing import Any
 
 import torch
 from decode_answers import AnswerCell  # beside this file
-from decode_bench import BLOCK_SIZE, REUSES, SUB_BLOCK_SIZE, Bench, Cell, spread
-from decode_report import print_rows, write_report, write_row
+from decode_bench import BLOCK_SIZE, DRAFTS, PLANS, REUSES, SUB_BLOCK_SIZE, Bench, Cell, spread
+from decode_report import add_speed_ups, pass_costs, print_rows, write_report, write_row
 from kernel_table import print_kernels
-from replay import check_trace
+from replay import check_trace, draw_accepted
 from shapes import SHAPES
 
 from fastdllm.cli import run
@@ -54,6 +57,10 @@ class SpeedConfig:
     """Names of cells, * and ? allowed; empty: the default set."""
     trace: list[int] = field(default_factory=lambda: list(TRACE))
     """Tokens revealed in each denoising step of a block, 31 of 32 in all."""
+    acceptance: float = 0.8
+    """Of verified answers: the chance that a draft behind right ones is right, in [0, 1)."""
+    accepted: str = ""
+    """An acceptance row of lossless.py, whose numbers of accepted drafts are replayed instead; none if empty."""
     prompt_tokens: int = 128
     """Random tokens of each prompt."""
     new_tokens: int = 256
@@ -79,6 +86,7 @@ class SpeedConfig:
 
     def __post_init__(self):
         check_trace(self.trace, BLOCK_SIZE, SUB_BLOCK_SIZE)
+        draw_accepted(self.acceptance, self.accepted)  # refuses what cannot be replayed
         for name in ("prompt_tokens", "new_tokens", "repeats", "passes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
@@ -129,6 +137,7 @@ def measure_pass(bench: Bench, cell: Cell, num_passes: int, is_profiled: bool) -
 def all_cells(shape: str) -> list[Cell]:
     """Return every cell of a shape that makes sense: up to 4,096 rows in a pass, contexts of whole blocks."""
     kinds = [("token", 1), ("sub_block", SUB_BLOCK_SIZE), ("full", 32), ("append", 32), ("full", 64), ("full", 128)]
+    kinds += [("verify", rows) for rows in PLANS]
     passes = [
         Cell(shape, kind, "fastdllm_ar" if kind == "token" else "fastdllm", rows, batch_size, context)
         for kind, rows in kinds
@@ -137,12 +146,13 @@ def all_cells(shape: str) -> list[Cell]:
         if rows * batch_size <= MOST_ROWS
     ]
     answers = [Cell(shape, "answers", engine, 0, size, 0) for engine in ENGINES for size in BATCH_SIZES]
-    return passes + answers + [Cell(shape, "reuse", way, 0, size, 0) for way in REUSES for size in BATCH_SIZES]
+    ways = [("reuse", way) for way in REUSES] + [("verified", drafts) for drafts in DRAFTS]
+    return passes + answers + [Cell(shape, kind, way, 0, size, 0) for kind, way in ways for size in BATCH_SIZES]
 
 
 def is_default(cell: Cell, published: str) -> bool:
     """Whether the default set has the cell: what is slow and changes little from batch to batch is there but once."""
-    if cell.shape == "tiny" or cell.kind == "reuse":
+    if cell.shape == "tiny" or cell.kind in ("reuse", "verified", "verify"):
         return False
     if cell.kind != "answers":
         is_usual = cell.kind != "append" and cell.rows <= BLOCK_SIZE
@@ -196,6 +206,10 @@ def measure(config: SpeedConfig) -> None:
                 write_row(config.output, rows[answer.cell.name])
     if config.profile:
         return
+    for row in add_speed_ups(list(rows.values())):
+        write_row(config.output, row)
+    for shape, costs in pass_costs(list(rows.values())).items():
+        print(f"PASS_COSTS of {shape}: {tuple(costs)}")
     print_rows(list(rows.values()))
     left_out = [cell.name for cell in cells if cell.name not in rows]
     print(f"{time.perf_counter() - bench.started:.0f} s. " + (f"Left out: {', '.join(left_out)}." if left_out else ""))

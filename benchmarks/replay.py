@@ -1,10 +1,13 @@
 """A replayed acceptance trace: how many tokens each denoising step reveals, whatever the model is sure of.
 
 With it, engines are compared at equal tokens per forward on random weights. Tokens appear from left to right inside
-their sub-block, so that a full pass comes once for each sub-block, as it nearly does with adapted models.
+their sub-block, so that a full pass comes once for each sub-block, as it nearly does with adapted models. Of verifying
+passes the number of accepted drafts is replayed.
 """
 
+import json
 from itertools import cycle
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,6 +15,9 @@ from torch import Tensor
 from fastdllm.decoding.policies import Fixed, Proposals
 from fastdllm.decoding.state import SlotNumbers
 from fastdllm.decoding.steps import Steps
+from fastdllm.decoding.verify import VerifySteps
+
+DRAWN = 997  # passes until what is accepted repeats; prime, so that it meets no period of the engine's
 
 
 class InOrder(Fixed):
@@ -35,6 +41,43 @@ def replaying(trace: list[int]) -> type[Steps]:
             return self.trace[(at.denoise_passes - 1) % len(trace)]  # this step is counted already
 
     return ReplayedSteps
+
+
+def accepting(trace: list[int]) -> type[VerifySteps]:
+    """Return VerifySteps whose n-th pass of a request accepts trace[(n + 31 * seed) % len(trace)] drafts, as far as it
+    has so many."""
+
+    class ReplayedVerify(VerifySteps):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.trace = torch.tensor(trace, device=self.model.device)
+
+        def _num_accepted(self, at: SlotNumbers, is_right: Tensor, num_drafts: Tensor) -> Tensor:
+            super()._num_accepted(at, is_right, num_drafts)  # the work that it does
+            return self.trace[(at.denoise_passes + 31 * at.seed) % len(trace)].minimum(num_drafts)
+
+    return ReplayedVerify
+
+
+def draw_accepted(rate: float, file: str) -> list[int]:
+    """Return numbers of accepted drafts to replay, the same in every process.
+
+    Args:
+        rate: each draft behind right ones is right with this chance.
+        file: a row of lossless.py, whose `accepted_counts` take the rate's place; empty: none.
+    Raises:
+        ValueError: a rate out of range, or a file that says nothing of accepted drafts.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"acceptance must be in [0, 1), got {rate}; try 0.8.")
+    counts = json.loads(Path(file).read_text()).get("accepted_counts") if file else None
+    if file and not sum(counts or []):
+        raise ValueError(f"{file} has no accepted_counts; give an acceptance row of benchmarks/lossless.py.")
+    generator = torch.Generator().manual_seed(0)
+    if counts:
+        return torch.multinomial(torch.tensor(counts).double(), DRAWN, replacement=True, generator=generator).tolist()
+    uniform = torch.rand(DRAWN, generator=generator, dtype=torch.float64).clamp(min=1e-9)
+    return [0] * DRAWN if rate == 0 else (uniform.log() / torch.tensor(rate).log()).floor().long().tolist()
 
 
 class ReplayedThreshold:

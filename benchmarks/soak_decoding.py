@@ -53,12 +53,12 @@ class FailingForward(PlainForward):
     failing: set[int] = set()
     passes = failures = 0
 
-    def __call__(self, tokens, *arguments):
+    def __call__(self, tokens, *arguments, **options):
         FailingForward.passes += 1
         if FailingForward.passes in FailingForward.failing and len(tokens) > 1:  # one row alone cannot be halved
             FailingForward.failures += 1
             raise torch.OutOfMemoryError("simulated")
-        return super().__call__(tokens, *arguments)
+        return super().__call__(tokens, *arguments, **options)
 
 
 class SoakEngine(Engine):

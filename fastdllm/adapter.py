@@ -219,6 +219,17 @@ def save_adapter(
     replace_folder(partial, folder)
 
 
+def check_adapter(folder: str | Path, mask_token_id: int) -> list[Path]:
+    """Return the files of an adapter that decide what it computes; reads no weights.
+
+    Raises: what `load_adapter` does about them.
+    """
+    folder = Path(folder)
+    _read_gate(folder)
+    _read_settings(folder, mask_token_id)
+    return [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
+
+
 def load_adapter(model: BlockDiffusionLM, folder: str | Path) -> None:
     """Put the adapter of a folder into the model, in the model's dtype and frozen; its passes then gate by row.
 

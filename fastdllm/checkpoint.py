@@ -25,6 +25,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from fastdllm.adapter import check_adapter, load_adapter
 from fastdllm.config_json import (
     QWEN_VOCAB_SIZES,
     Adaptation,
@@ -59,6 +60,8 @@ class Checkpoint:
     """None: a plain autoregressive checkpoint."""
     source: str
     """As the caller named it."""
+    adapter: str = ""
+    """Folder of the gated adapter in its model; empty: none."""
     read_qwen: Callable[[], Qwen2ForCausalLM]
     read_digest: Callable[[], str]
 
@@ -74,15 +77,31 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits over config and weight bytes."""
+        """16 hex digits over config and weight bytes, those of an adapter included."""
         return self.read_digest()
 
     def release(self) -> None:
         """Let go of the weights; they are read again when next asked for."""
         self.__dict__.pop("qwen", None)
+        self.__dict__.pop("_adapted", None)
 
     def model(self) -> BlockDiffusionLM:
-        """Return the block-diffusion model around `qwen`; a plain checkpoint attends causally, in blocks of 32."""
+        """Return the block-diffusion model around `qwen`; a plain checkpoint attends causally, in blocks of 32.
+
+        With an adapter it is one model, since the layers of `qwen` then hold it.
+
+        Raises:
+            ValueError: the adapter does not belong to these weights.
+        """
+        return self._adapted if self.adapter else self._model()
+
+    @cached_property
+    def _adapted(self) -> BlockDiffusionLM:
+        model = self._model()
+        load_adapter(model, self.adapter)
+        return model
+
+    def _model(self) -> BlockDiffusionLM:
         adaptation = self.adaptation or Adaptation(context_attention="causal")
         return BlockDiffusionLM(
             self.qwen,
@@ -93,27 +112,29 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    source: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    source: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", adapter: str = ""
 ) -> Checkpoint:
     """Load a hub id, a local HF folder or a local .gguf file (dequantised to dense weights).
 
     Raises: what `open_checkpoint` does.
         ValueError: weights that do not fit the config.
     """
-    checkpoint = open_checkpoint(source, dtype=dtype, device=device)
+    checkpoint = open_checkpoint(source, dtype=dtype, device=device, adapter=adapter)
     assert checkpoint.qwen is not None  # read now, so that what is wrong with the weights is found here
     return checkpoint
 
 
 def open_checkpoint(
-    source: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    source: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", adapter: str = ""
 ) -> Checkpoint:
     """Return a checkpoint whose config and tokenizer are read and whose weights are not, yet.
 
+    Args:
+        adapter: folder of a gated adapter in PEFT's format that its model shall hold; empty: none.
     Raises:
         FileNotFoundError: the source or one of its files is missing.
         ValueError: another architecture, unsupported attention or RoPE, or a tokenizer without chat template or
-            without room for the mask token.
+            without room for the mask token; an adapter of another kind.
     """
     path = _local_path(source)
     if path.suffix == ".gguf":
@@ -135,12 +156,14 @@ def open_checkpoint(
             f"{source}: config.json has mask_token_id {raw['mask_token_id']} but its tokenizer gives {MASK_TOKEN} the "
             f"id {mask_token_id}; the two files do not belong together."
         )
+    files = files + (check_adapter(adapter, mask_token_id) if adapter else [])
     return Checkpoint(
         config=config,
         tokenizer=tokenizer,
         mask_token_id=mask_token_id,
         adaptation=adaptation_of(raw, source),
         source=source,
+        adapter=adapter,
         read_qwen=lambda: _build_qwen(config, read_tensors(), dtype, device, source),
         read_digest=lambda: _digest(raw, files),
     )

@@ -19,7 +19,6 @@ from fastdllm.adapter import (
     num_adapter_parameters,
     save_adapter,
 )
-from fastdllm.decoding.fused import FusedForward
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.training.lora import frozen_checksum
 
@@ -212,8 +211,6 @@ def test_what_cannot_be_saved_or_merged_is_refused(tmp_path):
     (tmp_path / "thesis" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds thesis.tex, which is no part of an adapter"):
         save_adapter(make_adapted(), tmp_path / "thesis")
-    with pytest.raises(ValueError, match="is_fused false"):
-        FusedForward(make_adapted())
     for wrong in ({"rank": 0}, {"alpha": 0.0}, {"targets": []}, {"targets": ["lm_head"]}):
         with pytest.raises(ValueError, match=f"adapter.{next(iter(wrong))} must"):
             AdapterSettings(**wrong)

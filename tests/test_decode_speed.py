@@ -119,3 +119,55 @@ def test_cells_are_chosen_by_name_and_a_name_of_none_is_refused(load):
         speed.SpeedConfig(cells=["*/published/*"])
     with pytest.raises(ValueError, match="only passes"):
         speed.SpeedConfig(profile=True)
+
+
+@pytest.mark.parametrize("draft_length", [3, 8])
+def test_each_verifying_pass_accepts_what_the_trace_says(load, tiny_qwen, byte_tokenizer, draft_length):
+    trace = [2, 0, 5, 1, 9, 3, 0]
+    model = BlockDiffusionLM(tiny_qwen, mask_token_id=MASK, context_attention="causal")
+    decode = DecodeConfig(policy="verified", draft_length=draft_length)
+    engine = WatchedEngine(model, byte_tokenizer, decode=decode, batch_size=2)
+    engine.stop_ids, engine.steps_class = frozenset({-1}), load("replay").accepting(trace)
+    engine.revealed = {}
+    prompts = [list(range(10, 20 + index)) for index in range(3)]
+    requests = [Request(prompt=prompt, max_new_tokens=40, seed=seed) for seed, prompt in enumerate(prompts)]
+    for done in engine.run(requests):
+        assert len(done.tokens) == 40
+        revealed = [number - 1 for number in engine.revealed[done.index]]
+        asked = [trace[(n + 31 * done.index) % 7] for n in range(len(revealed))]
+        # the first pass has no drafts, the last ones are cut by the limit
+        assert revealed[0] == 0 and revealed[1:-2] == [min(number, draft_length) for number in asked][1:-2]
+        assert done.accepted_drafts == sum(revealed)
+
+
+def test_accepted_drafts_are_drawn_by_a_rate_or_by_what_was_measured(load, tmp_path):
+    draw, file = load("replay").draw_accepted, tmp_path / "row.json"
+    drawn = torch.tensor(draw(0.75, ""))
+    assert drawn.float().mean() == pytest.approx(3, rel=0.15) and (drawn >= 4).float().mean() == pytest.approx(
+        0.75**4, rel=0.15
+    )
+    assert draw(0.0, "") == [0] * len(drawn) and draw(0.75, "") == drawn.tolist()
+    file.write_text(json.dumps({"accepted_counts": [10, 0, 30]}))
+    measured = torch.tensor(draw(0.5, str(file)))
+    assert set(measured.tolist()) == {0, 2} and (measured == 2).float().mean() == pytest.approx(0.75, rel=0.1)
+    file.write_text("{}")
+    for arguments, message in (((1.0, ""), "acceptance must be in"), ((0.5, str(file)), "has no accepted_counts")):
+        with pytest.raises(ValueError, match=message):
+            draw(*arguments)
+
+
+def test_verified_cells_stand_beside_ar_and_passes_give_a_cost_table(load, tmp_path, capsys):
+    speed, report = load("decode_speed"), load("decode_report")
+    cells = ["tiny/verified/d4/b1", "tiny/verified/chosen/b1", "tiny/answers/fastdllm_ar/b1"]
+    cells += ["tiny/verify/1x1/c128", "tiny/verify/16x1/c128"]
+    options = dict(passes=2, repeats=1, prompt_tokens=32, new_tokens=32, output=str(tmp_path))
+    speed.measure(speed.SpeedConfig(cells=cells, acceptance=0.9, **options))
+    rows = {row["cell"]: row for row in report.read_rows(tmp_path.glob("*.json"))}
+    assert rows.keys() == set(cells)
+    ours, plain = rows["tiny/verified/d4/b1"], rows["tiny/answers/fastdllm_ar/b1"]
+    assert ours["tokens"] == 32 and ours["tokens_per_forward"] > 2
+    assert ours["speedup_over_own_ar"] == ours["tokens_per_second"] / plain["tokens_per_second"]
+    assert ours["speedup_over_transformers"] is None and "speedup_over_own_ar" not in plain
+    said = capsys.readouterr().out
+    assert "Left out" not in said and "PASS_COSTS of tiny: ((1, " in said and "of own AR" in said
+    assert {row for row in load("decode_bench").PLANS} == {1, 7, 16, 31, 64, 81, 127, 256}

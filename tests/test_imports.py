@@ -35,7 +35,7 @@ DOORS = {
     "matplotlib": ("evaluation/plots.py",),
     "rich": ("demo/", "evaluation/results.py"),
     "gguf": ("gguf.py",),
-    "triton": ("decoding/kernels.py",),
+    "triton": ("decoding/kernels.py", "decoding/products.py"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -97,8 +97,14 @@ def check_decoding(
     block_size: int,
     num_layers: int,
     context_attention: ContextAttention,
+    has_adapter: bool = False,
 ) -> None:
     """Raise ValueError for options that the model cannot have, or that do not go together."""
+    if has_adapter and mode != "ar" and not decode.is_verified:
+        raise ValueError(
+            f"a gated adapter drafts behind known text, for decode.policy verified alone, got policy {decode.policy}, "
+            "which unmasks blocks; set decode.policy verified, or leave the adapter out."
+        )
     if decode.is_verified:
         _check_verified(mode, reuse, context_attention)
     if block_size % decode.sub_block_size:

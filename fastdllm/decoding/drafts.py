@@ -11,7 +11,7 @@ MOST_DRAFTS = 64
 # a token, a sub-block, two and four blocks of one slot, one of each of eight; no verifying pass was measured. Beyond,
 # a row costs what it does between the last two.
 PASS_COSTS = ((1, 1.67), (8, 1.83), (64, 1.95), (128, 2.48), (256, 3.29))
-LENGTHS = (4, 8, 16)
+LENGTHS = (3, 7, 15)  # with all groups 16, 64 and 256 rows, which fill the kernels' tiles
 STRIDES = (1, 2, 4)  # a group for each accepted length, for every second one, ...
 FIRST_RATE, FIRST_WEIGHT = 0.75, 20.0  # what is believed before any draft was checked, and how firmly, in drafts
 KEPT = 0.98  # of the weight of what was seen, at each report

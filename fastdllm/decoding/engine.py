@@ -119,6 +119,7 @@ class Engine:
             block_size=model.block_size,
             num_layers=model.num_layers,
             context_attention=model.context_attention,
+            has_adapter=model.gate is not None,
         )
         if self.is_graphed and self.model.device.type != "cuda":
             raise ValueError(f"is_graphed needs a model on a GPU, this one is on {self.model.device}.")

@@ -16,8 +16,13 @@ class PlainForward:
         self.model, self.cache = model, cache
         self.num_visible = cache.capacity  # places that any row can see; less is quicker
 
-    def __call__(self, tokens: Tensor, rows: PassRows, reuse: LayerStore | None = None) -> Tensor:
-        """Return the hidden states [B, T, C] of `tokens` [B, T] int64, which stand at `rows`."""
+    def __call__(
+        self, tokens: Tensor, rows: PassRows, reuse: LayerStore | None = None, *, is_clean: bool = False
+    ) -> Tensor:
+        """Return the hidden states [B, T, C] of `tokens` [B, T] int64, which stand at `rows`.
+
+        `is_clean` says that no row that anyone reads holds the mask token; where that saves nothing it is not read.
+        """
         return self.model.hidden_states(tokens, rows.positions, self._prepare(rows), self.cache, reuse)
 
     def part(

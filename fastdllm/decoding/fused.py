@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdllm.adapter import GatedLinear, MaskRowEmbedding
 from fastdllm.decoding import operations
 from fastdllm.decoding.cache import SlotCache, head_size
 from fastdllm.decoding.drafts import MOST_DRAFTS
@@ -15,15 +16,16 @@ from fastdllm.decoding.operations import HeadStatistics, PassRows, has_kernels_f
 from fastdllm.decoding.policies import Proposals
 from fastdllm.decoding.quantized import Weight, WeightFormat, check_format, quantize
 from fastdllm.decoding.reuse import LayerStore
+from fastdllm.decoding.updates import NO_UPDATES, LayerUpdates, LowRankUpdate, layer_updates
 from fastdllm.model import BlockDiffusionLM
 
 
 class Operations(Protocol):
     """What a pass is made of; `operations` says what each does, in plain torch."""
 
-    def multiply(self, rows: Tensor, weight: Weight) -> Tensor: ...
+    def multiply(self, rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) -> Tensor: ...
 
-    def multiply_gated(self, rows: Tensor, weight: Weight) -> Tensor: ...
+    def multiply_gated(self, rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) -> Tensor: ...
 
     def normalize(
         self, hidden: Tensor, parts: Tensor | None, weight: Tensor, epsilon: float
@@ -64,6 +66,9 @@ class FusedForward:
     weight is kept twice and the model still works. Build it when the model is where it stays, in the dtype that it
     stays in: a model moved or trained afterwards has other weights. Only the rotary table is new: 8 bytes for each
     position and half a head (16 MiB for 32,768 positions at head size 128).
+
+    A gated adapter's updates are copied, in the model's dtype (2 bytes a value in half precision), and added to the
+    rows that hold the mask token; other rows are what they are without it, to the bit.
     """
 
     def __init__(
@@ -80,13 +85,13 @@ class FusedForward:
         model's, the matrices of the layers and the head are copies, one byte a weight; embeddings stay as they are.
 
         Raises:
-            ValueError: kernels cannot read the format on this GPU, or the model's layers are not plain (`can_fuse`).
+            ValueError: kernels cannot read the format on this GPU, or the model's layers are not known (`can_fuse`).
         """
         check_format(weight_format, model.device)
         if not can_fuse(model):
             raise ValueError(
-                "the fused pass merges plain linear layers, and this model has others, such as updates that act on "
-                "some rows alone; run its own layers (is_fused false, weight_format model)."
+                "the fused pass merges plain linear layers and those of a gated adapter, and this model has others; "
+                "run its own layers (is_fused false, weight_format model)."
             )
         backbone = model.qwen.model
         self.model, self.kernels = model, kernels or default_kernels(model.device)
@@ -97,6 +102,10 @@ class FusedForward:
         self._head = quantize(model.qwen.lm_head.weight.detach(), weight_format)
         self._final_norm = backbone.norm.weight.detach()
         self._layers = [_fuse(layer).quantized(weight_format) for layer in backbone.layers]
+        embedding, self._mask_row, self._updates = backbone.embed_tokens, None, None
+        if model.gate is not None:
+            self._mask_row = embedding.trained.detach().to(model.dtype)  # [C]; the head keeps the frozen one
+            self._updates = [layer_updates(layer) for layer in backbone.layers]
         self._all = range(len(self._layers))
         self._most_places = model.qwen.config.max_position_embeddings
         # rows of a block, or drafts, that end behind the capacity have positions too; nobody reads what they give
@@ -115,6 +124,7 @@ class FusedForward:
         *,
         layers: range | None = None,
         before: Tensor | None = None,
+        is_clean: bool = False,
     ) -> Tensor:
         """Return the hidden states after the last layer, [B, T, C]; write keys and values into the cache.
 
@@ -123,6 +133,7 @@ class FusedForward:
             reuse: its layers see whole hidden states, and so cost a few small kernels more where they do run.
             layers: those that are run; None for all. The final norm follows the model's last one alone.
             before: [B, T, C], what goes into the first of them; None for the embedded tokens.
+            is_clean: no row that anyone reads holds the mask token, so no update is computed.
         Raises:
             ValueError: the cache has places for which there is no rotary angle.
         """
@@ -133,22 +144,26 @@ class FusedForward:
             )
         rows = rows._replace(limits=rows.limits.clamp(max=cache.capacity))
         rows = PassRows(*(None if tensor is None else tensor.contiguous() for tensor in rows))
-        before = F.embedding(tokens, self._embedding) if before is None else before
+        gate = None if self._updates is None or is_clean else (tokens == self.mask_token_id).reshape(-1, 1)  # [R, 1]
+        before = self._embed(tokens, gate) if before is None else before
         layers = self._all if layers is None else layers
         hidden, parts = before.flatten(0, 1).contiguous(), None  # [R, C]; parts [P, R, C], to be added
         for index in layers:
+            updates = NO_UPDATES if gate is None else self._updates[index].gated(gate)
             if reuse is None or index not in reuse.layers:
-                hidden, parts = self._transform(index, *self._attend(index, hidden, parts, rows, cache))
+                attended = self._attend(index, hidden, parts, rows, cache, updates)
+                hidden, parts = self._transform(index, *attended, updates)
                 continue
             if parts is not None:
                 hidden, parts = hidden + parts.sum(0).to(hidden.dtype), None
 
-            def attend(hidden: Tensor, index: int = index) -> Tensor:
-                added = self._attend(index, hidden.flatten(0, 1), None, rows, cache)[1]
+            def attend(hidden: Tensor, index: int = index, updates: LayerUpdates = updates) -> Tensor:
+                added = self._attend(index, hidden.flatten(0, 1), None, rows, cache, updates)[1]
                 return added.sum(0).to(hidden.dtype).view_as(hidden)
 
-            def transform(hidden: Tensor, index: int = index) -> Tensor:
-                return self._transform(index, hidden.flatten(0, 1), None)[1].sum(0).to(hidden.dtype).view_as(hidden)
+            def transform(hidden: Tensor, index: int = index, updates: LayerUpdates = updates) -> Tensor:
+                added = self._transform(index, hidden.flatten(0, 1), None, updates)[1]
+                return added.sum(0).to(hidden.dtype).view_as(hidden)
 
             hidden = reuse.run(index, hidden.view(*tokens.shape, -1), attend, transform).flatten(0, 1)
         if layers.stop == len(self._layers):
@@ -162,25 +177,39 @@ class FusedForward:
         """Return what the logits of hidden [R, C], which may be a view, say, without the mask token."""
         return self.kernels.head_statistics(hidden.contiguous(), self._head, self.mask_token_id)
 
+    def _embed(self, tokens: Tensor, gate: Tensor | None) -> Tensor:
+        """Return the embedded tokens [B, T, C]; those of `gate` [R, 1] bool are the adapter's mask row."""
+        embedded = F.embedding(tokens, self._embedding)
+        return embedded if gate is None else torch.where(gate.view(*tokens.shape, 1), self._mask_row, embedded)
+
     def _attend(
-        self, index: int, hidden: Tensor, parts: Tensor | None, rows: PassRows, cache: SlotCache
+        self,
+        index: int,
+        hidden: Tensor,
+        parts: Tensor | None,
+        rows: PassRows,
+        cache: SlotCache,
+        updates: LayerUpdates,
     ) -> tuple[Tensor, Tensor]:
         """Return hidden [R, C] + parts [P, R, C], and in parts what a layer's attention adds to it."""
         layer, few = self._layers[index], self.kernels
         many = self._products(hidden)
         hidden, normed = few.normalize(hidden, parts, layer.input_norm, self.epsilon)
-        heads = many.multiply(normed, layer.query_key_value)
+        heads = many.multiply(normed, layer.query_key_value, updates.query_key_value)
         keys, values = cache.keys[index], cache.values[index]
         query = few.rotate_and_store(heads, layer.query_key_value_bias, self._angles, rows, keys, values)
         attended = few.attend_slots(query, keys, values, rows)  # [B, T, H, E]
-        return hidden, many.multiply(attended.reshape(len(hidden), -1), layer.output)
+        return hidden, many.multiply(attended.reshape(len(hidden), -1), layer.output, updates.output)
 
-    def _transform(self, index: int, hidden: Tensor, parts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _transform(
+        self, index: int, hidden: Tensor, parts: Tensor | None, updates: LayerUpdates
+    ) -> tuple[Tensor, Tensor]:
         """Return hidden [R, C] + parts [P, R, C], and in parts what a layer's MLP adds to it."""
         layer, many = self._layers[index], self._products(hidden)
         hidden, normed = self.kernels.normalize(hidden, parts, layer.middle_norm, self.epsilon)
         self.model.layer_calls += 1
-        return hidden, many.multiply(many.multiply_gated(normed, layer.gate_up), layer.down)
+        inner = many.multiply_gated(normed, layer.gate_up, updates.gate_up)
+        return hidden, many.multiply(inner, layer.down, updates.down)
 
     def _products(self, hidden: Tensor) -> Operations | ModuleType:
         return self.kernels if len(hidden) <= self.max_few_rows else operations
@@ -192,15 +221,22 @@ def is_fused_by_itself(model: BlockDiffusionLM, weight_format: WeightFormat) -> 
         return True
     is_faster = model.device.type == "cuda" and has_kernels_for(head_size(model))
     if is_faster and not can_fuse(model):
-        print("the fused pass knows plain linear layers alone: the model's own layers run, which are slower")
+        print("the fused pass does not know all layers of this model: its own layers run, which are slower")
     return is_faster and can_fuse(model)
 
 
 def can_fuse(model: BlockDiffusionLM) -> bool:
-    """Whether all matrices of the model are plain: what gates an update by row must be told the rows here."""
+    """Whether all matrices of the model are plain, or plain with a gated adapter's updates."""
     backbone = model.qwen.model
     parts = [layer.get_submodule(name) for layer in backbone.layers for name in _MATRICES]
-    return type(backbone.embed_tokens) is nn.Embedding and all(type(part) is nn.Linear for part in parts)
+    embedding = backbone.embed_tokens
+    embedding = embedding.base_layer if type(embedding) is MaskRowEmbedding else embedding
+    return type(embedding) is nn.Embedding and all(type(_base(part)) is nn.Linear for part in parts)
+
+
+def _base(linear: nn.Module) -> nn.Module:
+    """Return the linear layer that a gated update is added to, or the layer itself where there is none."""
+    return linear.base if type(linear) is GatedLinear else linear
 
 
 _MATRICES = tuple(f"self_attn.{name}_proj" for name in "qkvo") + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -226,16 +262,15 @@ def default_kernels(device: torch.device) -> Operations | ModuleType:
 
 
 def _fuse(layer: nn.Module) -> FusedLayer:
-    attention, mlp = layer.self_attn, layer.mlp
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key, value, output, gate, up, down = (_base(layer.get_submodule(name)) for name in _MATRICES)
     return FusedLayer(
         input_norm=layer.input_layernorm.weight.detach(),
-        query_key_value=_merge([projection.weight for projection in projections]),
-        query_key_value_bias=_merge([projection.bias for projection in projections]),
-        output=attention.o_proj.weight.detach(),
+        query_key_value=_merge([query.weight, key.weight, value.weight]),
+        query_key_value_bias=_merge([query.bias, key.bias, value.bias]),
+        output=output.weight.detach(),
         middle_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=_merge([mlp.gate_proj.weight, mlp.up_proj.weight]),
-        down=mlp.down_proj.weight.detach(),
+        gate_up=_merge([gate.weight, up.weight]),
+        down=down.weight.detach(),
     )
 
 
@@ -259,8 +294,10 @@ class FusedPasses(PlainForward):
         super().__init__(model, cache)
         self.fused = FusedForward(model, weight_format=weight_format)
 
-    def __call__(self, tokens: Tensor, rows: PassRows, reuse: LayerStore | None = None) -> Tensor:
-        return self.fused(tokens, rows, self.cache, reuse)
+    def __call__(
+        self, tokens: Tensor, rows: PassRows, reuse: LayerStore | None = None, *, is_clean: bool = False
+    ) -> Tensor:
+        return self.fused(tokens, rows, self.cache, reuse, is_clean=is_clean)
 
     def part(
         self, layers: range, tokens: Tensor, hidden: Tensor | None, rows: PassRows, reuse: LayerStore | None

@@ -5,7 +5,8 @@ waits for the host, and every sum is taken in a fixed order, so a pass can be ca
 for bit. On Hopper each kernel may start while the one before it still runs (programmatic dependent launch): it fetches
 its weights into the L2, then waits for the earlier one to be complete before it touches anything else. Since every
 kernel waits, a complete kernel means that all before it are complete. A product lets the next one start only when its
-loop over K has ended: at its beginning was measured to be slower.
+loop over K has ended: at its beginning was measured to be slower. What reduces rows to an update's rank is so small
+that it leaves room for the next one, which can begin to fetch its weights.
 """
 
 import torch
@@ -14,12 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdllm.decoding.operations import HeadStatistics, PassRows, has_kernels_for
+from fastdllm.decoding.products import dot, dot_tiles, follow, multiply
 from fastdllm.decoding.quantized import Weight, values_and_scale
-from fastdllm.decoding.tiles import TILES, Settings, Tiles, TileTable, default_tiles
+from fastdllm.decoding.tiles import TILES, Settings, Tiles, TileTable, default_tiles, reducing_tiles
+from fastdllm.decoding.updates import LowRankUpdate
 
-WIDEN = tl.constexpr(triton.knobs.runtime.interpret)  # Triton's interpreter would multiply bfloat16 as integers
+PLAIN = dict(RANK=1, SECTIONS=1, REDUCED_PARTS=1, FIRST_END=0, SECOND_END=0, EARLY=False)  # product, nothing added
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where a difference of two is taken
-AHEAD = tl.constexpr(4)  # tiles of weights that each program fetches while the kernel before it still runs
 
 
 class Kernels:
@@ -29,11 +31,11 @@ class Kernels:
         """Take the measured tiles if None; with `overlap`, each kernel starts before the one before has ended."""
         self.tiles, self.overlap, self.settings = TILES if tiles is None else tiles, overlap, settings or Settings()
 
-    def multiply(self, rows: Tensor, weight: Weight) -> Tensor:
-        return self._multiply(rows, weight, is_gated=False)
+    def multiply(self, rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) -> Tensor:
+        return self._multiply(rows, weight, update, is_gated=False)
 
-    def multiply_gated(self, rows: Tensor, weight: Weight) -> Tensor:
-        return self._multiply(rows, weight, is_gated=True)
+    def multiply_gated(self, rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) -> Tensor:
+        return self._multiply(rows, weight, update, is_gated=True)
 
     def normalize(self, hidden: Tensor, parts: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         (R, C), normed = hidden.shape, torch.empty_like(hidden)
@@ -97,98 +99,49 @@ class Kernels:
         is_measured = key in self.tiles and item_bytes == 2
         return self.tiles[key] if is_measured else default_tiles(len(rows), *weight.shape, item_bytes)
 
-    def _multiply(self, rows: Tensor, weight: Weight, is_gated: bool) -> Tensor:
-        (R, K), (values, scale) = rows.shape, values_and_scale(weight)
+    def _multiply(self, rows: Tensor, weight: Weight, update: LowRankUpdate | None, is_gated: bool) -> Tensor:
+        (R, _), (values, scale) = rows.shape, values_and_scale(weight)
         N, tiles = len(values), self._tiles(rows, values)
-        parts = 1 if is_gated else tiles.parts
-        out = rows.new_empty(R, N // 2) if is_gated else rows.new_empty(parts, R, N, dtype=torch.float32)
-        grid = (triton.cdiv(R, tiles.rows), triton.cdiv(N, tiles.columns), parts)
-        sizes = dict(N=N, K=K, ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, PARTS=parts, GATED=is_gated)
-        self._launch(_multiply, grid, rows, values, scale, out, R, warps=tiles.warps, stages=tiles.stages, **sizes)
+        shape, dtype = ((1, R, N // 2), rows.dtype) if is_gated else ((tiles.parts, R, N), torch.float32)
+        out = rows.new_empty(shape, dtype=dtype)
+        if update is None:
+            self._product(rows, values, scale, out, tiles, GATED=is_gated)
+        else:
+            reduced, (first_end, second_end) = self._reduce(rows, update), (*update.ends, N)[:2]
+            added = (reduced, update.expand, update.gate.view(torch.int8))
+            sizes = dict(RANK=update.expand.shape[1], SECTIONS=len(update.ends), REDUCED_PARTS=len(reduced))
+            sizes |= dict(FIRST_END=first_end, SECOND_END=second_end)
+            self._product(rows, values, scale, out, tiles, added, GATED=is_gated, **sizes)
+        return out[0] if is_gated else out
+
+    def _reduce(self, rows: Tensor, update: LowRankUpdate) -> Tensor:
+        """Return rows [R, K] times the reducing matrix, [P, R, S * rank]; float32 where P is above 1."""
+        tiles = reducing_tiles(*rows.shape, rows.element_size(), self.settings)
+        dtype = rows.dtype if tiles.parts == 1 else torch.float32
+        out = rows.new_empty(tiles.parts, len(rows), len(update.reduce), dtype=dtype)
+        self._product(rows, update.reduce, None, out, tiles, GATED=False, EARLY=self.settings.starts_early)
         return out
+
+    def _product(
+        self,
+        rows: Tensor,
+        values: Tensor,
+        scale: Tensor | None,
+        out: Tensor,
+        tiles: Tiles,
+        added: tuple = (None, None, None),
+        **sizes: int,
+    ) -> None:
+        """Write a product into out [P, R, ...], with what is `added` in its first part."""
+        (R, K), N = rows.shape, len(values)
+        grid = (triton.cdiv(R, tiles.rows), triton.cdiv(N, tiles.columns), len(out))
+        own = dict(N=N, K=K, ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, PARTS=len(out))
+        arguments, run = (rows, values, scale, *added, out, R), dict(warps=tiles.warps, stages=tiles.stages)
+        self._launch(multiply, grid, *arguments, **run, **(PLAIN | own | sizes))
 
     def _launch(self, kernel, grid: tuple, *arguments, warps: int = 4, stages: int = 1, **sizes) -> None:
         options = dict(launch_pdl=True) if self.overlap else {}
         kernel[grid](*arguments, **sizes, OVERLAP=self.overlap, num_warps=warps, num_stages=stages, **options)
-
-
-@triton.jit
-def _follow(OVERLAP: tl.constexpr):
-    """Let the next kernel start; wait for the one before."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def _dot(left, right, total):
-    if WIDEN:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    left = left.to(right.dtype)  # of one byte
-    return tl.dot(left, right, total, input_precision="ieee")
-
-
-@triton.jit
-def _dot_tiles(rows, weight, row, column, first, last, K: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr):
-    """Return [columns, rows] float32: weight rows `column` times rows `row`, over the tiles of K from first to last.
-
-    The weights stand on the left, since a Hopper product takes 64 from there and as few as 8 from the right.
-    """
-    if OVERLAP:
-        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # of 128 bytes
-        LINES: tl.constexpr = (DEPTH + LINE - 1) // LINE
-        line = tl.arange(0, LINES) * LINE
-        code: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-        for tile in range(first, tl.minimum(first + AHEAD, last)):
-            address = (weight + column[:, None] * K + (tile * DEPTH + line)[None, :]).to(tl.int64)
-            tl.inline_asm_elementwise(code, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
-        tl.extra.cuda.gdc_wait()
-    total = tl.zeros([column.shape[0], row.shape[0]], tl.float32)
-    for tile in range(first, last):
-        at = tile * DEPTH + tl.arange(0, DEPTH)
-        weight_at = weight + column[:, None] * K + at[None, :]
-        rows_at = rows + row[None, :] * K + at[:, None]
-        if K % DEPTH == 0:
-            left = tl.load(weight_at, eviction_policy="evict_first")
-            right = tl.load(rows_at)
-        else:
-            left = tl.load(weight_at, mask=at[None, :] < K, other=0.0)
-            right = tl.load(rows_at, mask=at[:, None] < K, other=0.0)
-        total = _dot(left, right, total)
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-    return total
-
-
-@triton.jit(do_not_specialize=["R"])
-def _multiply(
-    rows, weight, scale, out, R, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Write rows [R, K] times weight [N, K], which may have a scale [N]: out is [PARTS, R, N] float32, or [R, N / 2].
-
-    The latter if gated.
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    per_part: tl.constexpr = tl.cdiv(tl.cdiv(K, DEPTH), PARTS)
-    first = tl.program_id(2) * per_part
-    last = tl.minimum(first + per_part, tl.cdiv(K, DEPTH))
-    paired = tl.minimum(column // 2, N // 2 - 1) + (column % 2) * (N // 2)  # a row of the gate's, one of up's, ...
-    weight_row = paired if GATED else tl.minimum(column, N - 1)
-    total = _dot_tiles(rows, weight, tl.minimum(row, R - 1), weight_row, first, last, K, DEPTH, OVERLAP)
-    if scale is not None:
-        total *= tl.load(scale + weight_row)[:, None]
-    if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(total, [COLUMNS // 2, 2, ROWS]), 0, 2, 1))
-        total = gate / (1 + tl.exp(-gate)) * up
-        column = tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
-        width: tl.constexpr = N // 2
-    else:
-        out += tl.program_id(2) * R * N
-        width: tl.constexpr = N
-    is_inside = (row[None, :] < R) & (column[:, None] < width)
-    tl.store(out + row[None, :] * width + column[:, None], total.to(out.dtype.element_ty), mask=is_inside)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -200,7 +153,7 @@ def _normalize(
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     is_inside = column < C
     scale = tl.load(weight + column, mask=is_inside, other=0.0).to(tl.float32)
-    _follow(OVERLAP)
+    follow(OVERLAP)
     total = tl.load(hidden + row * C + column, mask=is_inside, other=0.0).to(tl.float32)
     if PARTS > 0:
         for part in tl.static_range(PARTS):
@@ -224,7 +177,7 @@ def _rotate_and_store(
     head = (tl.program_id(0) % blocks * HEADS + tl.arange(0, HEADS))[:, None]
     at = tl.minimum(head, H + 2 * G - 1) * E + half
     left, right = tl.load(bias + at).to(tl.float32), tl.load(bias + at + E // 2).to(tl.float32)
-    _follow(OVERLAP)
+    follow(OVERLAP)
     for part in tl.static_range(PARTS):
         source = parts + (part * R + row) * ((H + 2 * G) * E) + at
         left += tl.load(source).to(tl.float32)
@@ -251,14 +204,14 @@ def _attend_tile(queries, keys, values, place, entry, is_seen, capacity, scale, 
     """Return the largest score, the sum of weights and the weighted sum, with the seen ones of these places added."""
     is_there = place < capacity
     key = tl.load(keys + place[None, :] * entry.shape[0] + entry[:, None], mask=is_there[None, :], other=0.0)
-    scores = _dot(queries, key, tl.zeros([queries.shape[0], place.shape[0]], tl.float32)) * scale
+    scores = dot(queries, key, tl.zeros([queries.shape[0], place.shape[0]], tl.float32)) * scale
     scores = tl.where(is_seen, scores, -float("inf"))
     higher = tl.maximum(highest, tl.max(scores, 1))
     probability = tl.exp2(scores - higher[:, None])
     shrink = tl.exp2(highest - higher)
     weight = weight * shrink + tl.sum(probability, 1)
     value = tl.load(values + place[:, None] * entry.shape[0] + entry[None, :], mask=is_there[:, None], other=0.0)
-    return higher, weight, _dot(probability.to(value.dtype), value, total * shrink[:, None])
+    return higher, weight, dot(probability.to(value.dtype), value, total * shrink[:, None])
 
 
 @triton.jit(do_not_specialize=["B", "T"])
@@ -279,7 +232,7 @@ def _attend(
     token, head = row // (H // G), group * (H // G) + row % (H // G)
     is_inside = token < T
     at = (sequence * T + token) * H + head
-    _follow(OVERLAP)
+    follow(OVERLAP)
     limit = tl.load(limits + sequence * T + token, mask=is_inside, other=0)
     slab = (tl.load(slots + sequence) * G + group) * capacity * E
     queries = tl.load(query + at[:, None] * E + entry[None, :], mask=is_inside[:, None], other=0.0)
@@ -320,7 +273,7 @@ def _merge_attention(
     """Write the weighted mean over the parts; a program takes one head of one row, R are all of them."""
     row, part, entry = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, E)
     is_part = part < PARTS
-    _follow(OVERLAP)
+    follow(OVERLAP)
     highest = tl.load(weights + part * R + row, mask=is_part, other=LOWEST)
     scale = tl.exp2(highest - tl.max(highest, 0))
     weight = tl.sum(scale * tl.load(weights + (PARTS + part) * R + row, mask=is_part, other=0.0), 0)
@@ -343,7 +296,7 @@ def _head_tile(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     weight_row, tiles = tl.minimum(column, V - 1), tl.cdiv(C, DEPTH)
-    logits = _dot_tiles(hidden, head, tl.minimum(row, R - 1), weight_row, 0, tiles, C, DEPTH, OVERLAP)
+    logits = dot_tiles(hidden, head, tl.minimum(row, R - 1), weight_row, 0, tiles, C, DEPTH, OVERLAP, False)
     if scale is not None:
         logits *= tl.load(scale + weight_row)[:, None]
     is_allowed = (column < V) & (column != banned)
@@ -369,7 +322,7 @@ def _merge_statistics(
     """Merge the COUNT tiles of a row: best [R], and results [4, R] in the order of HeadStatistics."""
     row, tile = tl.program_id(0), tl.arange(0, BLOCK)
     at, is_inside = row * COUNT + tile, tile < COUNT
-    _follow(OVERLAP)
+    follow(OVERLAP)
     top = tl.load(numbers + at, mask=is_inside, other=-float("inf"))
     second = tl.load(numbers + R * COUNT + at, mask=is_inside, other=-float("inf"))
     weight = tl.load(numbers + 2 * R * COUNT + at, mask=is_inside, other=0.0)

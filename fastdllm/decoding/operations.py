@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdllm.decoding.quantized import Weight, values_and_scale
+from fastdllm.decoding.updates import LowRankUpdate
 
 
 class PassRows(NamedTuple):
@@ -61,22 +62,36 @@ def has_kernels_for(head_size: int) -> bool:
     return head_size >= 16 and head_size & (head_size - 1) == 0
 
 
-def multiply(rows: Tensor, weight: Weight) -> Tensor:
-    """Return rows [R, K] times weight [N, K] transposed, in parts [P, R, N] to be added up; here P is 1."""
-    return _product(rows, weight)[None]
+def multiply(rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) -> Tensor:
+    """Return rows [R, K] times weight [N, K] transposed, in parts [P, R, N] to be added up; here P is 1.
+
+    With an update, what it adds to the rows of its gate is in them; other rows are as without it, to the bit.
+    """
+    return _product(rows, weight, update)[None]
 
 
-def multiply_gated(rows: Tensor, weight: Weight) -> Tensor:
-    """Return SiLU(gate) * up, [R, N]; weight is [2N, K], the gate's rows first."""
-    gate, up = _product(rows, weight).chunk(2, dim=-1)
+def multiply_gated(rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) -> Tensor:
+    """Return SiLU(gate) * up, [R, N]; weight is [2N, K], the gate's rows first; an update comes before SiLU."""
+    gate, up = _product(rows, weight, update).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(rows.dtype)
 
 
-def _product(rows: Tensor, weight: Weight) -> Tensor:
+def _product(rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) -> Tensor:
     """Return rows [R, K] times weight [N, K] transposed, in the dtype of rows; float32 where the weight has a scale."""
     values, scale = values_and_scale(weight)
     product = F.linear(rows, values.to(rows.dtype))
-    return product if scale is None else product.float() * scale
+    product = product if scale is None else product.float() * scale
+    return product if update is None else _updated(product, rows, update)
+
+
+def _updated(product: Tensor, rows: Tensor, update: LowRankUpdate) -> Tensor:
+    """Add the update to the product [R, N], in place, part by part; what it adds to rows outside its gate is zero."""
+    reduced = torch.where(update.gate, F.linear(rows, update.reduce), 0.0)
+    starts = (0, *update.ends)
+    for start, end, part in zip(starts, update.ends, reduced.chunk(len(update.ends), dim=-1), strict=False):
+        expand = update.expand[start:end].T.to(product.dtype)
+        product[:, start:end].addmm_(part.to(product.dtype), expand)
+    return product
 
 
 def normalize(hidden: Tensor, parts: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

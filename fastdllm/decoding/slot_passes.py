@@ -43,6 +43,10 @@ class SlotPasses:
     def _run(self, rows: PassRows, reuse: LayerStore | None = None, guess: Tensor | None = None) -> Tensor:
         return self.forward(self._tokens(rows, guess), rows, reuse)
 
+    def _run_clean(self, rows: PassRows) -> Tensor:
+        """As `_run`, for rows without mask tokens."""
+        return self.forward(self._tokens(rows), rows, is_clean=True)
+
     def _tokens(self, rows: PassRows, guess: Tensor | None = None) -> Tensor:
         """Return the tokens of the rows, [B, T]; at the place behind the first block `guess` [B], if there is one."""
         known = self.state.tokens

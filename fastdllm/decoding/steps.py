@@ -76,7 +76,7 @@ class Steps(SlotPasses):
         target = at.start
         is_kept = is_served[:, None] & (places < target[:, None])
         places = torch.where(is_kept, places, 0)
-        hidden = self._run(self._rows(slots, places, is_kept, self._clean_limits(places)))
+        hidden = self._run_clean(self._rows(slots, places, is_kept, self._clean_limits(places)))
         last = (target - 1 - at.prefilled).clamp(0, width - 1)
         ends = at.prefilled + width >= target
         at = self._count(at, prefill_passes=1, layers_run=self.model.num_layers)
@@ -282,7 +282,7 @@ class Steps(SlotPasses):
         at = self.state.take(slots)
         is_served = at.phase == Phase.TOKEN
         places = at.start[:, None]
-        hidden = self._run(self._rows(slots, places, is_served[:, None], places + 1))
+        hidden = self._run_clean(self._rows(slots, places, is_served[:, None], places + 1))
         token = self._propose(at, hidden)[0].token
         num_layers = self.model.num_layers
         run = dict(denoise_passes=1, layers_run=num_layers, rows_run=num_layers)

@@ -62,7 +62,7 @@ class TextGenerator:
         if self.mode == "ar" and inert:
             raise ValueError(f"option {inert[0]!r} has no effect token by token (mode ar); leave it out.")
         blockwise = sorted({"sub_block_size", "use_block_cache"} & set(options))
-        if options.get("policy") == VERIFIED and blockwise:
+        if options.get("policy", self.decode.policy) == VERIFIED and blockwise:
             raise ValueError(f"option {blockwise[0]!r} has no effect in policy verified; leave it out.")
         reuse_names = {field.name for field in dataclasses.fields(ReuseConfig)}
         reuse = ReuseConfig(**{name: value for name, value in options.items() if name in reuse_names})
@@ -80,19 +80,24 @@ class TextGenerator:
         return engine, Request(prompt=ids, max_new_tokens=max_new_tokens, seed=seed)
 
 
-def load(source: str, *, device: str = "auto", mode: str = "auto") -> TextGenerator:
+def load(source: str, *, device: str = "auto", mode: str = "auto", adapter: str = "") -> TextGenerator:
     """Return a generator for a checkpoint, in the device's best dtype.
 
     Args:
         source: hub id, HF folder (an export, a published Fast-dLLM v2 checkpoint, or a plain Qwen2.5) or GGUF file.
         device: auto, cpu, cuda or cuda:N.
         mode: diffusion, ar, or auto: diffusion for an adapted checkpoint, token by token for a plain one.
+        adapter: folder of a gated adapter in PEFT's format, which drafts; the answers are the model's own (policy
+            verified, in mode diffusion).
     Raises:
-        ValueError: diffusion is asked of a checkpoint that was never adapted.
+        ValueError: diffusion is asked of a checkpoint that was never adapted; an adapter of another checkpoint.
     """
     place = pick_device(device)
-    checkpoint = load_checkpoint(source, dtype=get_optimal_dtype(place)[0], device=str(place))
+    checkpoint = load_checkpoint(source, dtype=get_optimal_dtype(place)[0], device=str(place), adapter=adapter)
     adaptation = checkpoint.adaptation
+    if adapter:
+        mode = "diffusion" if mode == "auto" else mode
+        return TextGenerator(checkpoint.model(), checkpoint.tokenizer, mode, DecodeConfig(policy=VERIFIED))
     if mode == "diffusion" and adaptation is None:
         raise ValueError(f"{source} was never adapted to block diffusion; adapt it with train.py, or use mode ar.")
     if mode == "auto":

@@ -33,6 +33,12 @@ class Settings(NamedTuple):
     """Aimed at by the parts that the places are cut into."""
     attend_warps: int = 4
     attend_stages: int = 2
+    reduce_columns: int = 32
+    """Of a product that reduces rows to an update's rank; this and the next two are not measured."""
+    reduce_depth: int = 2048
+    """Of K for one of its programs, at most: what is behind reads every part of its result."""
+    starts_early: bool = True
+    """Whether such a product lets the next one start at its beginning: it is small, the next fetches weights."""
 
 
 TileTable = dict[tuple[int, int, int], Tiles]  # (rows rounded up to a power of two, N, K) -> best in half precision
@@ -60,3 +66,10 @@ def default_tiles(num_rows: int, columns: int, depth: int, item_bytes: int) -> T
     programs = -(-columns // width) * -(-num_rows // rows)
     in_part = -(-depth // (max(1, min(PROGRAMS // programs, 8, depth // 128)) * 128)) * 128
     return Tiles(rows, width, step, -(-depth // in_part), stages=8 // item_bytes)  # what shared memory holds
+
+
+def reducing_tiles(num_rows: int, depth: int, item_bytes: int, settings: Settings) -> Tiles:
+    """Return tiles for rows [R, K] times the few weight rows that an update reduces to: R, K."""
+    rows = 16 if num_rows <= 64 else 32
+    parts = -(-depth // settings.reduce_depth)
+    return Tiles(rows, settings.reduce_columns, 128, parts, stages=8 // item_bytes)

@@ -11,6 +11,7 @@ has beyond q) then comes to this: draw from p and see whether the draft came. So
 and no distribution has to be kept for them; what that costs is drafts accepted where both are unsure.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from fastdllm.decoding.operations import PassRows
 from fastdllm.decoding.state import Phase, SlotNumbers, uniform_draws
 from fastdllm.decoding.steps import Steps, take_rows
 from fastdllm.masks import GROUP_SEES_BOTH_WAYS
+
+ONE_HEAD_ROWS = 128  # up to here the head on a GPU, where reading it takes the time, is asked once and for all rows
 
 
 class DraftTables(NamedTuple):
@@ -44,6 +47,7 @@ class VerifySteps(Steps):
         # drafts stand apart from the tokens, which hold nothing but what is verified
         self.drafts = torch.zeros(self.state.num_slots + 1, max_drafts, dtype=torch.int64, device=self.model.device)
         self._tables: dict[DraftPlan, DraftTables] = {}
+        self.one_head_rows = ONE_HEAD_ROWS if self.model.device.type == "cuda" else 0
 
     @property
     def first_phase(self) -> Phase:
@@ -59,8 +63,10 @@ class VerifySteps(Steps):
         lengths = tables.groups.minimum(num_drafts[:, None])  # [B, G]
         masked = self._number(self.model.mask_token_id).expand(len(slots), plan.num_drafting)
         tokens = torch.cat([self._known(slots, at.start[:, None]), drafts, masked], dim=1)
-        hidden = self.forward(tokens, self._draft_rows(slots, at, is_served, num_drafts, lengths, tables))
-        chosen = self._choose(at, hidden[:, :size])
+        rows = self._draft_rows(slots, at, is_served, num_drafts, lengths, tables)
+        hidden = self.forward(tokens, rows, is_clean=not plan.num_drafting)
+        best_of = self._best_of(hidden)
+        chosen = self._choose(at, hidden, size, best_of)
         is_right = (chosen[:, :-1] == drafts) & (self._range(plan.length) < num_drafts[:, None])
         accepted = self._num_accepted(at, is_right, num_drafts)
         num_layers = self.model.num_layers
@@ -68,7 +74,7 @@ class VerifySteps(Steps):
         at.computed_tokens = at.computed_tokens + accepted + 1
         at.accepted_drafts = at.accepted_drafts + accepted
         at.checked_drafts = at.checked_drafts + accepted + (accepted < num_drafts)
-        at.num_drafts = self._draft(slots, is_served, hidden, accepted, lengths, plan)
+        at.num_drafts = self._draft(slots, is_served, best_of, accepted, lengths, plan)
         places = at.start[:, None] + 1 + self._range(size)
         is_new = self._range(size) <= accepted[:, None]
         block = torch.where(is_new, chosen, self._number(self.model.mask_token_id))
@@ -115,21 +121,38 @@ class VerifySteps(Steps):
             own_ends=tables.own_ends.expand_as(positions),
         )
 
-    def _choose(self, at: SlotNumbers, hidden: Tensor) -> Tensor:
-        """Return what is chosen behind each clean row [B, T, C]: [B, T]; by the draws of mode ar."""
-        decode, (B, T, _) = self.decode, hidden.shape
+    def _best_of(self, hidden: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return what gives the most likely tokens [B, n] of rows [B, n] of hidden [B, T, C].
+
+        Where rows are few, the head is read once for all of them; else for each of the two questions of a pass anew.
+        """
+        if self.decode.temperature > 0 or hidden.shape[0] * hidden.shape[1] > self.one_head_rows:
+            return lambda rows: self.forward.propose(take_rows(hidden, rows))[1]
+        best = self.forward.propose(hidden)[1]
+        return lambda rows: best.gather(1, rows)
+
+    def _choose(self, at: SlotNumbers, hidden: Tensor, count: int, best_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what is chosen behind each of the first `count` rows, clean ones, [B, count]; by mode ar's draws."""
+        decode, B = self.decode, len(hidden)
         if decode.temperature == 0:
-            return self.forward.propose(hidden)[1]
-        number = (at.start + 1 - at.prompt_length)[:, None] + self._range(T)
-        uniform = uniform_draws(at.seed.repeat_interleave(T), number.flatten(), 1).view(B, T)
-        return self.forward.propose(hidden, frozenset(), decode.temperature, decode.top_p, uniform)[0].token
+            return best_of(self._range(count).expand(B, -1))
+        number = (at.start + 1 - at.prompt_length)[:, None] + self._range(count)
+        uniform = uniform_draws(at.seed.repeat_interleave(count), number.flatten(), 1).view(B, count)
+        drawn = self.forward.propose(hidden[:, :count], frozenset(), decode.temperature, decode.top_p, uniform)
+        return drawn[0].token
 
     def _num_accepted(self, at: SlotNumbers, is_right: Tensor, num_drafts: Tensor) -> Tensor:
         """Return the drafts before the first wrong one, [B]; is_right: [B, K] bool. Benchmarks replay a trace here."""
         return is_right.long().cumprod(1).sum(1)
 
     def _draft(
-        self, slots: Tensor, is_served: Tensor, hidden: Tensor, accepted: Tensor, lengths: Tensor, plan: DraftPlan
+        self,
+        slots: Tensor,
+        is_served: Tensor,
+        best_of: Callable[[Tensor], Tensor],
+        accepted: Tensor,
+        lengths: Tensor,
+        plan: DraftPlan,
     ) -> Tensor:
         """Keep the drafts of the group for the longest length up to the accepted one; return how many reach on, [B]."""
         if not plan.length:
@@ -137,7 +160,7 @@ class VerifySteps(Steps):
         group = (lengths <= accepted[:, None]).sum(1, keepdim=True) - 1  # [B, 1]
         is_behind = accepted - lengths.gather(1, group)[:, 0]
         row = (self._range(plan.length) + is_behind[:, None]).clamp(max=plan.length - 1)
-        chosen = take_rows(hidden, 1 + plan.length + group * plan.length + row)
+        drafts = best_of(1 + plan.length + group * plan.length + row)
         target = self._target(slots, is_served)
-        self.drafts[target[:, None], self._range(plan.length)] = self.forward.propose(chosen)[1]
+        self.drafts[target[:, None], self._range(plan.length)] = drafts
         return plan.length - is_behind

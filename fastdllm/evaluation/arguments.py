@@ -23,6 +23,8 @@ class HarnessArguments:
 
     model_path: str = "Efficient-Large-Model/Fast_dLLM_v2_7B"
     """Hub id, HF folder or .gguf file."""
+    adapter: str = ""
+    """Folder of a gated adapter in PEFT's format, for policy verified; empty: none."""
     device: str = "auto"
     """auto (cuda, the published default, where there is one), cpu, cuda or cuda:N."""
     show_speed: bool = False
@@ -162,10 +164,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def resolve_mode(mode: str, checkpoint: Checkpoint) -> str:
     """Return "ar" or "diffusion". Raises ValueError for diffusion on a checkpoint that was never adapted."""
-    is_adapted = checkpoint.adaptation is not None
+    is_adapted = checkpoint.adaptation is not None or bool(checkpoint.adapter)
     if mode == "diffusion" and not is_adapted:
         raise ValueError(
             f"mode diffusion needs an adapted checkpoint, got the autoregressive {checkpoint.source}; adapt it with "
-            "train.py, or use mode ar."
+            "train.py, use mode ar, or give an adapter that drafts for it."
         )
     return ("diffusion" if is_adapted else "ar") if mode == "auto" else mode

@@ -68,6 +68,9 @@ class EvaluateConfig:
 
     checkpoint: str = ""
     """Hub id, published checkpoint, export, AR folder or .gguf file; empty: the newest export under runs/."""
+    adapter: str = ""
+    """Folder of a gated adapter in PEFT's format that drafts for the checkpoint, with decode.policy verified; empty:
+    none. In mode ar it changes nothing."""
     task: str = ""
     """lm-eval task or group, such as gsm8k; empty: the task that the export remembers."""
     mode: Literal["auto", "ar", "diffusion"] = "auto"
@@ -149,6 +152,11 @@ class EvaluateConfig:
                 f"decode.weight_format {self.decode.weight_format} is our engine's alone; leave it out, or take engine "
                 "fastdllm."
             )
+        if self.engine == "transformers" and self.adapter:
+            raise ValueError(
+                f"engine transformers knows no gated adapter, got adapter {self.adapter}; leave it out, or take engine "
+                "fastdllm."
+            )
         if self.engine == "transformers" and (self.mode == "diffusion" or self.decode.temperature > 0):
             raise ValueError(
                 "engine transformers decodes greedily and in mode ar only, got mode "
@@ -161,6 +169,11 @@ class EvaluateConfig:
             raise ValueError(
                 "axes.checkpoint names the checkpoints, and their own names are the labels; leave checkpoint "
                 "and label out."
+            )
+        if len(self.axes.checkpoint) > 1 and self.adapter:
+            raise ValueError(
+                f"adapter {self.adapter} belongs to one checkpoint, and axes.checkpoint has "
+                f"{len(self.axes.checkpoint)}; name that one with checkpoint."
             )
         twice = sorted(key for key in given(self) if key.removeprefix("decode.") in varied(self))
         if twice:

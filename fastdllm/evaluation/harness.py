@@ -66,7 +66,7 @@ class FastDLLMv2(TemplateLM):
         self._device = pick_device(self.arguments.device)
         self.dtype = pick_dtype(self.arguments.dtype, self._device)
         self.checkpoint = checkpoint or load_checkpoint(
-            self.arguments.model_path, dtype=self.dtype, device=self._device
+            self.arguments.model_path, dtype=self.dtype, device=self._device, adapter=self.arguments.adapter
         )
         self.mode = resolve_mode(self.arguments.mode, self.checkpoint)
         self.tokenizer = self.checkpoint.tokenizer
@@ -113,6 +113,11 @@ class FastDLLMv2(TemplateLM):
             )
         if arguments.engine == "transformers" and self.mode != "ar":
             raise ValueError("engine transformers decodes in mode ar only, got mode diffusion; use engine fastdllm.")
+        if arguments.engine == "transformers" and model.gate is not None:
+            raise ValueError(
+                f"engine transformers knows no gated adapter, got {self.checkpoint.adapter}; leave the adapter out, or "
+                "use engine fastdllm."
+            )
 
     @property
     def eot_token_id(self) -> int:

@@ -182,7 +182,9 @@ def describe_decoding(row: Row) -> str:
         return "AR, token by token" if row["engine"] == "fastdllm" else f"AR, {row['engine']}"
     if row["policy"] == VERIFIED:
         length, groups = (row["config"][name] for name in ("draft_length", "draft_groups"))
-        return f"verified, {length or 'chosen'} drafts" + (f", groups {groups}" if groups != "all" else "")
+        adapter = row["config"].get("adapter")
+        said = f"verified, {length or 'chosen'} drafts" + (f", groups {groups}" if groups != "all" else "")
+        return said + (f", adapter {adapter}" if adapter else "")
     parts = [f"threshold {row['threshold']}" if row["policy"] == "threshold" else _policy(row)]
     if row["reuse_k"] == 1:
         parts.append("k1 (no reuse)")

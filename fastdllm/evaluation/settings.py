@@ -23,7 +23,7 @@ ASKED = (
     *("engine", "reuse_k", "reuse_mode", "schedule", "budget", "active_rows", "subset"),
     *("batch_size", "max_new_tokens", "limit", "prompt", "seed"),
 )
-DECODING = (*DIFFUSION_ONLY, "weight_format", "temperature", "top_p", "engine", "max_new_tokens")
+DECODING = (*DIFFUSION_ONLY, "adapter", "weight_format", "temperature", "top_p", "engine", "max_new_tokens")
 LIKELIHOOD_UNUSED = (*DECODING, "seed")
 
 
@@ -69,7 +69,8 @@ def by_checkpoint(config: EvaluateConfig) -> list[EvaluateConfig]:
 
 def _make_plan(config: EvaluateConfig) -> Plan:
     source, device = source_of(config), device_of(config)
-    checkpoint = open_checkpoint(source, dtype=pick_dtype(config.dtype, device), device=device)
+    dtype = pick_dtype(config.dtype, device)
+    checkpoint = open_checkpoint(source, dtype=dtype, device=device, adapter=config.adapter)
     asked = [resolve_settings(config, checkpoint, point) for point in points(varied(config))]
     cells = make_cells(asked, config.repeat)
     for cell in cells:
@@ -80,7 +81,7 @@ def _make_plan(config: EvaluateConfig) -> Plan:
 def _check_cell(cell: Cell, checkpoint: Checkpoint) -> None:
     """Raise ValueError for what the engine would refuse when the cell runs."""
     arguments = parse_arguments(harness_arguments(cell.settings))
-    adaptation = checkpoint.adaptation or Adaptation()
+    adaptation = checkpoint.adaptation or Adaptation(context_attention="causal")
     check_decoding(
         cell.settings["mode"],
         arguments.decode,
@@ -88,6 +89,7 @@ def _check_cell(cell: Cell, checkpoint: Checkpoint) -> None:
         block_size=adaptation.block_size,
         num_layers=checkpoint.config.num_hidden_layers,
         context_attention=adaptation.context_attention,
+        has_adapter=bool(checkpoint.adapter),
     )
 
 
@@ -182,6 +184,7 @@ def resolve_settings(
     settings = {
         **{name: getattr(config, name) for name in ASKED},
         **decode,
+        "adapter": default_label(config.adapter) if config.adapter else None,
         "label": config.label or default_label(checkpoint.source),
         "task": config.task or (adaptation.task if adaptation else ""),
         "mode": "ar" if config.engine == "transformers" else resolve_mode(config.mode, checkpoint),

@@ -27,6 +27,7 @@ ROW_SETTINGS = ("label", "engine", "task", "mode", *IN_ROWS, "batch_size")  # al
 # What a cell's name leaves out when it has this value; everything else in the settings is spelt in the name.
 USUAL = {
     "engine": "fastdllm",
+    "adapter": None,
     "policy": "threshold",
     "threshold": 0.9,
     "policy_parameter": None,
@@ -51,7 +52,7 @@ USUAL = {
 }
 # Settings that a digest holds only where they are unusual: it was taken without them before they existed.
 UNHASHED = {"schedule": "fixed", "budget": None, "active_rows": "all", "weight_format": "model", "repeat": 1}
-UNHASHED |= {"draft_length": 8, "draft_groups": "all"}
+UNHASHED |= {"draft_length": 8, "draft_groups": "all", "adapter": None}
 # Settings that rows from before them lack, with what was measured then.
 ADDED = {"policy_parameter": None, "fuse_append": False, **UNHASHED}
 

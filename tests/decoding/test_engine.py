@@ -289,11 +289,11 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(byte_tokenizer, monkey
     expected, _ = answers(model, byte_tokenizer, requests, batch_size=4)
     call, calls = PlainForward.__call__, []
 
-    def fail_twice(forward, tokens, *arguments):
+    def fail_twice(forward, tokens, *arguments, **options):
         calls.append(len(tokens))
         if len(calls) in (30, 60):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return call(forward, tokens, *arguments)
+        return call(forward, tokens, *arguments, **options)
 
     monkeypatch.setattr(PlainForward, "__call__", fail_twice)
     ours, engine = answers(model, byte_tokenizer, requests, batch_size=4)

@@ -14,7 +14,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from decoding.test_fused import check_pass, make_cache, make_model, make_rows, run_both
+from decoding.test_engine import make_prompts
+from decoding.test_fused import MASK, check_pass, make_cache, make_model, make_rows, run_both
+from decoding.test_updates import check_adapted, check_clean_rows, make_adapted
+from decoding.test_verify import answers, make_engine, make_requests
+from fastdllm.adapter import TARGETS
 from fastdllm.decoding import operations
 from fastdllm.decoding.fused import FusedForward
 from fastdllm.decoding.operations import PassRows
@@ -22,8 +26,10 @@ from fastdllm.decoding.quantized import STORED, quantize
 
 triton = pytest.importorskip("triton", reason="needs Triton, which comes with torch for GPUs")
 from fastdllm.decoding import kernels as source  # noqa: E402
+from fastdllm.decoding import products  # noqa: E402
 from fastdllm.decoding.kernels import Kernels  # noqa: E402
 from fastdllm.decoding.tiles import Settings, Tiles  # noqa: E402
+from fastdllm.decoding.updates import LowRankUpdate  # noqa: E402
 
 tl = triton.language
 IS_INTERPRETED = triton.knobs.runtime.interpret
@@ -116,8 +122,14 @@ def test_products_equal_plain_ones(R, N, K, tiles, dtype, overlap):
 def test_products_compile_for_hopper_where_no_gpu_is_needed(weights):
     scale = [] if weights == "*bf16" else ["*fp32"]
     tiles = dict(ROWS=32, COLUMNS=64, DEPTH=64, OVERLAP=True)
-    product = dict(N=128, K=256, PARTS=2, GATED=False, **tiles)
-    compile_for_hopper(source._multiply, ["*bf16", weights, *scale, "*fp32", "i32"], product)
+    product = dict(N=128, K=256, PARTS=2, GATED=False, EARLY=weights == "*i8", **tiles)
+    section = dict(RANK=1, SECTIONS=1, REDUCED_PARTS=1, FIRST_END=128, SECOND_END=128)
+    without = product | section | dict.fromkeys(("reduced", "expand", "gate"))
+    compile_for_hopper(products.multiply, ["*bf16", weights, *scale, "*fp32", "i32"], without)
+    update = dict(RANK=64, SECTIONS=3, REDUCED_PARTS=5, FIRST_END=64, SECOND_END=96)
+    types = ["*bf16", weights, *scale, "*fp32", "*bf16", "*i8"]
+    compile_for_hopper(products.multiply, [*types, "*fp32", "i32"], product | update)
+    compile_for_hopper(products.multiply, [*types, "*bf16", "i32"], product | update | dict(GATED=True, SECTIONS=2))
     numbers = ["*fp32", "*i32", "i32", "i32"]
     compile_for_hopper(source._head_tile, ["*bf16", weights, *scale, *numbers], dict(V=200, C=256, **tiles))
 
@@ -149,6 +161,36 @@ def test_products_and_statistics_of_quantized_weights_equal_plain_ones(weight_fo
 
 
 @kernels_on
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("overlap", overlaps())
+@pytest.mark.parametrize(
+    ("R", "ends", "K", "rank", "tiles", "weight_format"),
+    [
+        (5, (128,), 200, 3, None, "int8"),
+        (5, (48, 96), 2200, 64, Tiles(16, 32, 128, 3), "model"),  # the reducing product has two parts
+        (40, (60, 72, 100), 256, 70, Tiles(32, 64, 64, 8), "model"),  # columns of three sections, a rank of two steps
+    ],
+)
+def test_updates_of_products_equal_plain_ones(R, ends, K, rank, tiles, weight_format, overlap, dtype):
+    N, rows = ends[-1], draw(R, K, dtype=dtype)
+    weight = quantize(draw(N, K, dtype=dtype, seed=1, scale=K**-0.5), weight_format)
+    reduce = draw(len(ends) * rank, K, dtype=dtype, seed=2, scale=K**-0.5)
+    expand = draw(N, rank, dtype=dtype, seed=3, scale=rank**-0.5)
+    gate = (torch.arange(R) % 3 == 1)[:, None].to(DEVICE)
+    update = LowRankUpdate(reduce, expand, ends, gate)
+    kernels = Kernels({} if tiles is None else {(max(16, triton.next_power_of_2(R)), N, K): tiles}, overlap)
+    found, plain = kernels.multiply(rows, weight, update), kernels.multiply(rows, weight)
+    assert_close(found.sum(0), operations.multiply(rows, weight, update).sum(0).float(), **TOLERANCE[dtype])
+    is_clean = ~gate[:, 0]
+    assert torch.equal(found[:, is_clean], plain[:, is_clean]) and not torch.equal(found, plain)
+    if len(ends) != 2:
+        return
+    found, plain = kernels.multiply_gated(rows, weight, update), kernels.multiply_gated(rows, weight)
+    assert_close(found, operations.multiply_gated(rows, weight, update), **TOLERANCE[dtype])
+    assert torch.equal(found[is_clean], plain[is_clean]) and not torch.equal(found, plain)
+
+
+@kernels_on
 def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it():
     rows, weight = draw(16, 256, dtype=torch.bfloat16), draw(96, 256, dtype=torch.bfloat16, seed=1)
     kernels = Kernels({(16, 96, 256): Tiles(16, 64, 64, 4)})
@@ -158,8 +200,10 @@ def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it():
 
 @kernels_on
 def test_small_kernels_cut_up_in_another_way_give_the_same_pass():
-    model, settings = make_model(DEVICE), Settings(8, 4, 32, 16, 64, 8, 3)
+    model, settings = make_model(DEVICE), Settings(8, 4, 32, 16, 64, 8, 3, 64, 32, False)
     check_pass(model, FusedForward(model, Kernels(settings=settings)), 3, 8, atol=1e-4, rtol=1e-4)
+    adapted = make_adapted(["down_proj"], device=DEVICE)
+    check_adapted(adapted, FusedForward(adapted, Kernels(settings=settings)), 2, 3, atol=1e-4, rtol=1e-4)
 
 
 @kernels_on
@@ -291,6 +335,33 @@ def test_a_fused_pass_with_kernels_equals_the_models(B, T, max_few_rows, overlap
 
 
 @kernels_on
+@pytest.mark.parametrize("targets", [TARGETS, ["v_proj", "gate_proj", "down_proj"]])
+@pytest.mark.parametrize("overlap", overlaps())
+def test_a_fused_pass_with_an_adapter_and_kernels_equals_the_models(targets, overlap):
+    model = make_adapted(targets, rank=5, device=DEVICE)
+    check_adapted(model, FusedForward(model, Kernels(overlap=overlap)), 3, 8, atol=1e-4, rtol=1e-4)
+
+
+@kernels_on
+@pytest.mark.parametrize("overlap", overlaps())
+def test_clean_rows_of_a_pass_with_an_adapter_are_those_without_it_to_the_bit(overlap):
+    check_clean_rows(Kernels(overlap=overlap), torch.bfloat16, DEVICE)
+
+
+@kernels_on
+@pytest.mark.skipif(IS_INTERPRETED, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("draft_length", [0, 4, 16])  # of 16, all groups are too many rows for the kernels
+def test_an_engine_with_an_adapter_answers_from_cuda_graphs_what_plain_layers_answer(byte_tokenizer, draft_length):
+    requests = make_requests(make_prompts((1, 5, 8, 12, 21)))
+    expected = answers(make_engine(make_model(), byte_tokenizer, 5, mode="ar"), requests)
+    model = make_adapted(device=DEVICE)
+    for batch_size in (1, 3):
+        engine = make_engine(model, byte_tokenizer, batch_size, draft_length=draft_length)
+        assert engine.is_fused and engine.is_graphed
+        assert [one.tokens for one in answers(engine, requests)] == [one.tokens for one in expected]
+
+
+@kernels_on
 def test_a_fused_pass_in_half_precision_is_as_near_to_float32_as_the_models():
     exact, half = make_model(DEVICE), make_model(DEVICE).to(torch.bfloat16)
     _, expected = run_both(exact, FusedForward(exact), 2, 4)
@@ -303,8 +374,9 @@ def test_a_fused_pass_in_half_precision_is_as_near_to_float32_as_the_models():
 @kernels_on
 @pytest.mark.skipif(IS_INTERPRETED, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("overlap", overlaps())
-def test_a_captured_pass_repeats_an_eager_one_bit_for_bit(overlap):
-    model = make_model(DEVICE).to(torch.bfloat16)
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_a_captured_pass_repeats_an_eager_one_bit_for_bit(overlap, is_adapted):
+    model = make_adapted(device=DEVICE, dtype=torch.bfloat16) if is_adapted else make_model(DEVICE).to(torch.bfloat16)
     fused, cache = FusedForward(model, Kernels(overlap=overlap)), make_cache(model)
     tokens, *rows = make_rows(2, 8, device=DEVICE)
 
@@ -319,6 +391,7 @@ def test_a_captured_pass_repeats_an_eager_one_bit_for_bit(overlap):
     for seed in range(1, 4):
         for tensor, fresh in zip((tokens, *rows), make_rows(2, 8, seed, DEVICE), strict=True):
             tensor.copy_(fresh)
+        tokens[:, seed::3] = MASK  # whose rows an adapter updates
         expected = [tensor.clone() for tensor in run()]
         graph.replay()
         for found, eager in zip(captured, expected, strict=True):

@@ -149,7 +149,7 @@ class GivenDrafts(VerifySteps):
 
     truth: dict = {}  # prompt -> the whole answer
 
-    def _draft(self, slots, is_served, hidden, accepted, lengths, plan):
+    def _draft(self, slots, is_served, best_of, accepted, lengths, plan):
         generator = torch.Generator().manual_seed(int(self.state.numbers.sum()))
         at = self.state.take(slots)
         for number, slot in enumerate(slots.tolist()):
@@ -166,6 +166,11 @@ class NotedDrafts(VerifySteps):
     """Steps that note what each pass drafts for the slot that has the prompt."""
 
     notes: dict = {}  # prompt -> drafts, pass by pass
+    heads = 0  # rows for which the head is asked once in a pass, as on a GPU
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.one_head_rows = self.heads
 
     def verify(self, slots, plan):
         before = self.state.take(slots)
@@ -178,8 +183,9 @@ class NotedDrafts(VerifySteps):
                 self.notes.setdefault(prompt, []).append(drafts)
 
 
+@pytest.mark.parametrize("heads", [0, 60, 10**6])  # 60: for one slot, not for three
 @pytest.mark.parametrize(("draft_length", "groups"), [(4, (0, 1, 2, 3, 4)), (6, (0, 2, 5))])
-def test_the_engine_makes_the_drafts_of_the_plain_decoder(byte_tokenizer, monkeypatch, draft_length, groups):
+def test_the_engine_makes_the_drafts_of_the_plain_decoder(byte_tokenizer, monkeypatch, draft_length, groups, heads):
     """With a head that knows few tokens, so that drafts are often right."""
     model, prompts = make_model(context="causal", seed=1), make_prompts(LENGTHS)
     logits = model.logits
@@ -190,6 +196,7 @@ def test_the_engine_makes_the_drafts_of_the_plain_decoder(byte_tokenizer, monkey
         return found
 
     monkeypatch.setattr(model, "logits", few)
+    monkeypatch.setattr(NotedDrafts, "heads", heads)
     options = dict(draft_length=draft_length, draft_groups=",".join(map(str, groups)))
     engine, NotedDrafts.notes = make_engine(model, byte_tokenizer, 3, **options), {}
     engine.steps_class = NotedDrafts

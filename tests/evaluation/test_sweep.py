@@ -58,7 +58,7 @@ def test_every_setting_that_differs_shows_in_the_name():
         "batch_size": 4, "max_new_tokens": 9, "limit": 3, "prompt": "lm_eval", "device": "cpu", "dtype": "float16",
         "label": "x", "task": "y", "mode": "ar", "reuse_k": 2, "policy": "other",
         "policy_parameter": 0.4, "fuse_append": True, "schedule": "adaptive", "active_rows": "needed", "repeat": 2,
-        "weight_format": "int8",
+        "weight_format": "int8", "adapter": "z",
     }  # fmt: skip
     drafts = {"draft_length": 4, "draft_groups": "0,8"}
     assert {*other, *drafts, "subset", "reuse_mode", "top_p", "seed", "budget"} == set(SETTINGS)
