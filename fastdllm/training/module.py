@@ -33,7 +33,7 @@ from fastdllm.training.compilation import Compilation
 from fastdllm.training.drafting import DraftPass
 from fastdllm.training.lora import frozen_checksum
 from fastdllm.training.meter import Meter, Scores, add_over_processes
-from fastdllm.training.strategies import clip_gradients, gather_whole_layers, shard
+from fastdllm.training.strategies import clip_gradients, gather_whole_layers, keep_batches_exact, shard
 
 COUNTERS = ("tokens", "rows", "operations", "empty_rows")
 BACKWARD_AND_FORWARD = 3  # the backward pass costs two forward passes: gradients of the inputs and of the weights
@@ -209,6 +209,7 @@ class AdaptModule(LightningModule):
         torch._dynamo.config.optimize_ddp = False  # it would cut the layers' graphs at the buckets of DDP
         self.scoring.use_training_form(self.recompute, self.compile_layers)
         gather_whole_layers(self.trainer.strategy, self.model.qwen.model.layers, self.compile_layers)
+        keep_batches_exact(self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Have the strategy shard the layers; Lightning may call this twice."""

@@ -18,12 +18,14 @@ from torch.utils.data import DataLoader
 
 from fastdllm.model import BlockDiffusionLM, ChosenRows
 from fastdllm.objective import _scores
+from fastdllm.training.module import AdaptModule
 from fastdllm.training.strategies import gather_whole_layers, make_strategy, shard
 from training.test_compilation import make_batch, make_module
 
 MANY = torch._dynamo.config.recompile_limit + 4  # layers: were each compiled by itself, some would not be at all
 # below which ZeRO-3 keeps weights, as it would all of a small model
 LIMITS = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+OFF = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
 counters = torch._dynamo.utils.counters
 
 
@@ -104,11 +106,21 @@ def test_whole_layers_share_one_graph_and_break_none(strategy, recompute, mesh, 
     assert not counters["graph_break"]
 
 
+def test_deepspeed_in_bfloat16_gets_the_numbers_of_a_batch_as_they_are(mesh, aot_eager, monkeypatch):
+    batch = make_batch() | {"step_targets": torch.tensor([2047.0])}
+    seen, step = [], AdaptModule.training_step
+    monkeypatch.setattr(AdaptModule, "training_step", lambda *given: seen.append(given[1]) or step(*given))
+    strategy = make_strategy("deepspeed_stage_1", "cpu", 1)
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, max_steps=1, precision="bf16-mixed", **OFF)
+    trainer.fit(make_module(), DataLoader([batch], collate_fn=itemgetter(0)))
+    for name in ("step_targets", "noise_level"):
+        assert torch.equal(seen[0][name], batch[name]), "no sum or probability is rounded to bfloat16"
+
+
 def test_training_under_zero_3_leaves_the_loss_one_graph(mesh, aot_eager):
     torch._dynamo.trace_rules.clear_lru_cache()  # what dynamo notes of torch's functions at its first use
     strategy = make_strategy("deepspeed_stage_3", "cpu", 1)
-    off = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
-    trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, max_steps=1, **dict.fromkeys(off, False))
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, max_steps=1, **OFF)
     trainer.fit(make_module(), DataLoader([make_batch()], collate_fn=itemgetter(0)))
     torch.compile(_scores, fullgraph=True)(torch.randn(5, 260), torch.arange(5), torch.ones(5))
     assert F.linear is torch._C._nn.linear, "DeepSpeed's own has no place in graphs"
