@@ -207,7 +207,10 @@ class GatedStore(LayerStore):
 
 
 def make_store(model: BlockDiffusionLM, config: ReuseConfig, num_slots: int, sub_block_size: int) -> LayerStore | None:
-    """Return what keeps the reused layers' results, None if nothing is reused."""
+    """Return what keeps the reused layers' results, None if no layer's is asked for: steps that reuse run all or none.
+
+    So in mode output the subset changes nothing, not even how a layer's output is rounded.
+    """
     if config.is_adaptive:
         return GatedStore(model, config, num_slots, sub_block_size)
-    return LayerStore(model, config, num_slots) if config.is_on else None
+    return LayerStore(model, config, num_slots) if config.is_on and config.reuse_mode != "output" else None

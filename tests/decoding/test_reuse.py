@@ -67,6 +67,12 @@ def test_a_reused_layer_does_no_work_and_the_others_all(byte_tokenizer, mode, su
     assert all((calls.mlp[layer] == passes) == (mode == "attn" or layer not in left_out) for layer in range(7))
 
 
+def test_mode_output_keeps_no_layers_results_so_the_subset_changes_not_even_a_rounding(byte_tokenizer):
+    engine = Engine(make_model(layers=7), byte_tokenizer, reuse=reusing("output"))
+    list(engine.run([Request(prompt=make_prompts((9,))[0], max_new_tokens=4)]))
+    assert engine.steps.is_output and engine.steps.store is None
+
+
 class RecordedSteps(Steps):
     """Notes (kind of pass, layers run) of every pass of the last engine."""
 
@@ -109,7 +115,7 @@ class PoisonedSteps(Steps):
     is_always = False  # also before each reuse step, to see that poison kills
 
     def _poison(self, slots):
-        stores = list(self.store._stored.values()) + ([self.kept] if self.is_output else [])
+        stores = [self.kept] if self.is_output else list(self.store._stored.values())
         if isinstance(self.store, GatedStore):
             stores += [self.store._refreshed, self.store._change, self.store.waiting]
         for kept in stores:
