@@ -220,11 +220,11 @@ def test_the_studys_runner_submits_with_slurm_and_measures_here_without(machine)
     printed = machine.call(RUNNER, "--limit", "5", "--dry-run", "--", "--offline", "data")
     assert f"would submit an array of 7: {GRID_CELLS}\n" in printed
     machine.call(RUNNER, "--force", "k2_first", "--", "--offline", "data", PATH=f"{machine.folder}/tools")
-    asked = ["--checkpoint", "runs/adapt_gsm8k_0.5b/export", "--task", "gsm8k"]
-    last = ["--max_new_tokens", "320", "--batch_size", "330", "--offline", "data"]
+    asked = ["--checkpoint", "runs/own/export", "--task", "gsm8k"]
+    last = ["--max_new_tokens", "512", "--batch_size", "256", "--offline", "data"]
     look, run = machine.calls("python")
     assert look == ["evaluate.py", *asked, "--limit", "5", "--grid", "--status", *last]
-    assert run == ["evaluate.py", *asked, "--limit", "330", "--grid", "--force", "k2_first", *last]
+    assert run == ["evaluate.py", *asked, "--grid", "--force", "k2_first", *last]
 
 
 @pytest.mark.parametrize("script", [REUSE, SINGLE, PACE, HERE, RUNNER])

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs this study's grid of reuse on its checkpoint, as in results.md: GSM8K, 330 problems, at most 320 new tokens.
+# Runs this study's grid of reuse on its checkpoint, as in results.md: all of GSM8K, at most 512 new tokens, batch 256.
 # With Slurm it submits an array job to the cluster that CLUSTER names, without it measures on this machine, one by one.
 #
 #   CLUSTER=pace experiments/00_baseline/sbatch/run.sh [--status | --dry-run] [--force [CELL,...]] [--limit N] [-- ...]
@@ -9,7 +9,7 @@
 set -euo pipefail
 
 runner=$(dirname "${BASH_SOURCE[0]}")/../../../sbatch/run_reuse_experiments.sh
-options=(--checkpoint runs/adapt_gsm8k_0.5b/export --task gsm8k --limit 330)
+options=(--checkpoint runs/own/export --task gsm8k)
 [ -n "$(command -v sbatch)" ] || options+=(--local)
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     if [ "$1" = -h ] || [ "$1" = --help ]; then
@@ -19,4 +19,4 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     options+=("$1")
     shift
 done
-exec "$runner" "${options[@]}" -- --max_new_tokens 320 --batch_size 330 "${@:2}"
+exec "$runner" "${options[@]}" -- --max_new_tokens 512 --batch_size 256 "${@:2}"
