@@ -12,40 +12,26 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fastdllm.decoding.cache import SlotCache
-from fastdllm.decoding.config import DecodeConfig
-from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.operations import PassRows
 from fastdllm.decoding.policies import Proposals
-from fastdllm.decoding.reuse import GatedStore, ReuseConfig, make_store, needed_rows
+from fastdllm.decoding.reuse import GatedStore, make_store, needed_rows
 from fastdllm.decoding.slot_passes import SlotPasses
-from fastdllm.decoding.state import Phase, SlotNumbers, SlotState
+from fastdllm.decoding.state import Phase, SlotNumbers
 from fastdllm.decoding.tables import DENOISED, FUSED, block_changes, block_roles, next_steps
-from fastdllm.model import BlockDiffusionLM
 
 
 class Steps(SlotPasses):
     """Owns how each pass changes the state; the engine owns which passes are run when."""
 
-    def __init__(
-        self,
-        model: BlockDiffusionLM,
-        state: SlotState,
-        cache: SlotCache,
-        forward: PlainForward,
-        *,
-        is_diffusion: bool,
-        decode: DecodeConfig,
-        reuse: ReuseConfig,
-        stop_ids: Iterable[int],
-    ):
-        super().__init__(model, state, cache, forward, is_diffusion=is_diffusion, decode=decode, reuse=reuse)
+    def __init__(self, *parts, stop_ids: Iterable[int], **settings):
+        """Take what SlotPasses takes, and the tokens that end an answer."""
+        super().__init__(*parts, **settings)
+        model, state, reuse = self.model, self.state, self.reuse
         self._make_tables(stop_ids)
-        self.store = make_store(model, reuse, state.num_slots, decode.sub_block_size)
-        width = model.qwen.config.hidden_size
+        self.store = make_store(model, reuse, state.num_slots, self.decode.sub_block_size)
         self.is_output = reuse.reuse_k > 1 and reuse.reuse_mode == "output"
         if self.is_output:  # what the last full pass gave for each row of the block
-            shape = (state.num_slots, model.block_size, width)
+            shape = (state.num_slots, model.block_size, model.qwen.config.hidden_size)
             self.kept = torch.zeros(shape, dtype=model.dtype, device=model.device)
 
     @property
