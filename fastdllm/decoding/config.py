@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from fastdllm.decoding.drafts import DraftPlan, parse_plan
 from fastdllm.decoding.policies import DEFAULT_THRESHOLD, VERIFIED, PolicyName, resolve_parameter
-from fastdllm.decoding.quantized import STORED, WeightFormat
 from fastdllm.decoding.reuse import ReuseConfig
 from fastdllm.masks import ContextAttention
 
@@ -36,9 +35,6 @@ class DecodeConfig:
     draft_groups: str = "all"
     """Policy verified: the numbers of accepted drafts for which a pass makes the next ones: all, or a list from 0 such
     as 0,4,8. Behind another number those of the next smaller one are used, as far as they reach."""
-    weight_format: WeightFormat = "model"
-    """int8, float8: one byte a weight in the layers' matrices and the head, for small batches, where reading weights
-    takes the time; they are rounded, so answers differ. model: as loaded."""
     temperature: float = 0.0
     """0 is greedy; above 0 proposals are drawn at this temperature."""
     top_p: float = 0.95
@@ -47,9 +43,6 @@ class DecodeConfig:
     def __post_init__(self):
         resolve_parameter(self.policy, self.threshold, self.policy_parameter)  # refuses what is wrong or never read
         self._check_drafts()
-        if self.weight_format not in ("model", *STORED):
-            formats = ", ".join(("model", *STORED))
-            raise ValueError(f"decode.weight_format must be one of {formats}, got {self.weight_format!r}.")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"decode.temperature must be 0 or more and decode.top_p in (0, 1], got {self.temperature} and "

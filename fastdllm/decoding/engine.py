@@ -68,8 +68,7 @@ class Engine:
                 need not decide. None for 256 with CUDA graphs, 0 without.
             is_graphed: replay passes as CUDA graphs; None: on a GPU, which it needs.
             is_fused: run the fused forward pass in place of transformers' layers, with Triton's kernels on a GPU; None:
-                on a GPU, if the model's heads have a size that the kernels know, and wherever decode.weight_format
-                needs it.
+                on a GPU, if the model's heads have a size that the kernels know.
         Raises:
             ValueError: settings that are out of range or do not go together.
         """
@@ -78,7 +77,7 @@ class Engine:
         self.cache_bytes = cache_bytes
         is_cuda = model.device.type == "cuda"
         self.is_graphed = is_cuda if is_graphed is None else is_graphed
-        self.is_fused = is_fused_by_itself(model, self.decode.weight_format) if is_fused is None else is_fused
+        self.is_fused = is_fused_by_itself(model) if is_fused is None else is_fused
         self.free_rows = FREE_ROWS * self.is_graphed if free_rows is None else free_rows
         self.stop_ids = stop_token_ids(tokenizer)
         self.seconds = 0.0
@@ -123,10 +122,6 @@ class Engine:
         )
         if self.is_graphed and self.model.device.type != "cuda":
             raise ValueError(f"is_graphed needs a model on a GPU, this one is on {self.model.device}.")
-        if self.decode.weight_format != "model" and not self.is_fused:
-            raise ValueError(
-                f"decode.weight_format {self.decode.weight_format} needs the fused pass; set is_fused true."
-            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}.")
 
@@ -248,10 +243,7 @@ class Engine:
         width = capacity + (self._most_new if self._drafts else 0)  # what is drafted may reach behind the limit
         self.state = SlotState(num_slots + extra, width, size, model.mask_token_id, model.device)
         self.cache = SlotCache(model, num_slots + extra, capacity, num_scratch)
-        if self.is_fused:
-            self.forward = FusedPasses(model, self.cache, self.decode.weight_format)
-        else:
-            self.forward = self.forward_class(model, self.cache)
+        self.forward = (FusedPasses if self.is_fused else self.forward_class)(model, self.cache)
         options = {"max_drafts": self._most_new - 1} if self._drafts else {}
         self.steps = (self.steps_class or (VerifySteps if self._drafts else Steps))(
             model,

@@ -14,7 +14,6 @@ from fastdllm.decoding.drafts import MOST_DRAFTS
 from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.operations import HeadStatistics, PassRows, has_kernels_for
 from fastdllm.decoding.policies import Proposals
-from fastdllm.decoding.quantized import Weight, WeightFormat, check_format, quantize
 from fastdllm.decoding.reuse import LayerStore
 from fastdllm.decoding.updates import NO_UPDATES, LayerUpdates, LowRankUpdate, layer_updates
 from fastdllm.model import BlockDiffusionLM
@@ -23,9 +22,9 @@ from fastdllm.model import BlockDiffusionLM
 class Operations(Protocol):
     """What a pass is made of; `operations` says what each does, in plain torch."""
 
-    def multiply(self, rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) -> Tensor: ...
+    def multiply(self, rows: Tensor, weight: Tensor, update: LowRankUpdate | None = None) -> Tensor: ...
 
-    def multiply_gated(self, rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) -> Tensor: ...
+    def multiply_gated(self, rows: Tensor, weight: Tensor, update: LowRankUpdate | None = None) -> Tensor: ...
 
     def normalize(
         self, hidden: Tensor, parts: Tensor | None, weight: Tensor, epsilon: float
@@ -37,26 +36,21 @@ class Operations(Protocol):
 
     def attend_slots(self, query: Tensor, keys: Tensor, values: Tensor, rows: PassRows) -> Tensor: ...
 
-    def head_statistics(self, hidden: Tensor, head: Weight, banned: int) -> HeadStatistics: ...
+    def head_statistics(self, hidden: Tensor, head: Tensor, banned: int) -> HeadStatistics: ...
 
 
 class FusedLayer(NamedTuple):
     """The weights of a layer, [out, in] as in nn.Linear."""
 
     input_norm: Tensor
-    query_key_value: Weight
+    query_key_value: Tensor
     """[(H + 2G) * E, C]."""
     query_key_value_bias: Tensor
-    output: Weight
+    output: Tensor
     middle_norm: Tensor
-    gate_up: Weight
+    gate_up: Tensor
     """[2 * intermediate, C], the gate first."""
-    down: Weight
-
-    def quantized(self, weight_format: WeightFormat) -> "FusedLayer":
-        """Return the layer with its four matrices in the format."""
-        names = ("query_key_value", "output", "gate_up", "down")
-        return self._replace(**{name: quantize(getattr(self, name), weight_format) for name in names})
+    down: Tensor
 
 
 class FusedForward:
@@ -77,31 +71,27 @@ class FusedForward:
         kernels: Operations | ModuleType | None = None,
         *,
         max_few_rows: int = 256,
-        weight_format: WeightFormat = "model",
     ):
         """Take `kernels` (None: Triton's on a GPU, plain torch elsewhere) for passes of up to `max_few_rows` rows.
 
-        Above that, torch's own products are faster, and replace those of `kernels`. In another `weight_format` than the
-        model's, the matrices of the layers and the head are copies, one byte a weight; embeddings stay as they are.
+        Above that, torch's own products are faster, and replace those of `kernels`.
 
         Raises:
-            ValueError: kernels cannot read the format on this GPU, or the model's layers are not known (`can_fuse`).
+            ValueError: the model's layers are not known (`can_fuse`).
         """
-        check_format(weight_format, model.device)
         if not can_fuse(model):
             raise ValueError(
                 "the fused pass merges plain linear layers and those of a gated adapter, and this model has others; "
-                "run its own layers (is_fused false, weight_format model)."
+                "run its own layers (is_fused false)."
             )
         backbone = model.qwen.model
         self.model, self.kernels = model, kernels or default_kernels(model.device)
         self.max_few_rows = max_few_rows
         self.mask_token_id = model.mask_token_id
         self.epsilon = model.qwen.config.rms_norm_eps
-        self._embedding = backbone.embed_tokens.weight.detach()
-        self._head = quantize(model.qwen.lm_head.weight.detach(), weight_format)
+        self._embedding, self._head = backbone.embed_tokens.weight.detach(), model.qwen.lm_head.weight.detach()
         self._final_norm = backbone.norm.weight.detach()
-        self._layers = [_fuse(layer).quantized(weight_format) for layer in backbone.layers]
+        self._layers = [_fuse(layer) for layer in backbone.layers]
         embedding, self._mask_row, self._updates = backbone.embed_tokens, None, None
         if model.gate is not None:
             self._mask_row = embedding.trained.detach().to(model.dtype)  # [C]; the head keeps the frozen one
@@ -215,10 +205,8 @@ class FusedForward:
         return self.kernels if len(hidden) <= self.max_few_rows else operations
 
 
-def is_fused_by_itself(model: BlockDiffusionLM, weight_format: WeightFormat) -> bool:
-    """Whether an engine that was not told runs the fused pass: where kernels make it faster, or the weights need it."""
-    if weight_format != "model":
-        return True
+def is_fused_by_itself(model: BlockDiffusionLM) -> bool:
+    """Whether an engine that was not told runs the fused pass: where kernels make it faster."""
     is_faster = model.device.type == "cuda" and has_kernels_for(head_size(model))
     if is_faster and not can_fuse(model):
         print("the fused pass does not know all layers of this model: its own layers run, which are slower")
@@ -290,9 +278,9 @@ def _merge(parameters: list[nn.Parameter]) -> Tensor:
 class FusedPasses(PlainForward):
     """A forward pass for the engine: FusedForward over its cache, and proposals without logits."""
 
-    def __init__(self, model: BlockDiffusionLM, cache: SlotCache, weight_format: WeightFormat = "model"):
+    def __init__(self, model: BlockDiffusionLM, cache: SlotCache):
         super().__init__(model, cache)
-        self.fused = FusedForward(model, weight_format=weight_format)
+        self.fused = FusedForward(model)
 
     def __call__(
         self, tokens: Tensor, rows: PassRows, reuse: LayerStore | None = None, *, is_clean: bool = False
@@ -305,7 +293,7 @@ class FusedPasses(PlainForward):
         return self.fused(tokens, rows, self.cache, reuse, layers=layers, before=hidden)
 
     def propose(self, hidden: Tensor, needs=frozenset(), temperature=0.0, top_p=1.0, uniform=None):
-        if temperature > 0:  # drawing needs all logits, which come from the model's own head in any format
+        if temperature > 0:  # drawing needs all logits
             return super().propose(hidden, needs, temperature, top_p, uniform)
         best, *numbers = (x.view(hidden.shape[:-1]) for x in self.fused.statistics(hidden.flatten(0, 1)))
         best_logit, log_sum_exp, second_logit, entropy = numbers

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fastdllm.decoding.operations import HeadStatistics, PassRows, has_kernels_for
 from fastdllm.decoding.products import dot, dot_tiles, follow, multiply
-from fastdllm.decoding.quantized import Weight, values_and_scale
 from fastdllm.decoding.tiles import TILES, Settings, Tiles, TileTable, default_tiles, reducing_tiles
 from fastdllm.decoding.updates import LowRankUpdate
 
@@ -31,10 +30,10 @@ class Kernels:
         """Take the measured tiles if None; with `overlap`, each kernel starts before the one before has ended."""
         self.tiles, self.overlap, self.settings = TILES if tiles is None else tiles, overlap, settings or Settings()
 
-    def multiply(self, rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) -> Tensor:
+    def multiply(self, rows: Tensor, weight: Tensor, update: LowRankUpdate | None = None) -> Tensor:
         return self._multiply(rows, weight, update, is_gated=False)
 
-    def multiply_gated(self, rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) -> Tensor:
+    def multiply_gated(self, rows: Tensor, weight: Tensor, update: LowRankUpdate | None = None) -> Tensor:
         return self._multiply(rows, weight, update, is_gated=True)
 
     def normalize(self, hidden: Tensor, parts: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -79,39 +78,36 @@ class Kernels:
             self._launch(_merge_attention, (R,), sums, weights, out, R, warps=1, **sizes)
         return out
 
-    def head_statistics(self, hidden: Tensor, head: Weight, banned: int) -> HeadStatistics:
-        (R, C), (values, scale) = hidden.shape, values_and_scale(head)
-        V, tiles = len(values), self._tiles(hidden, values)
+    def head_statistics(self, hidden: Tensor, head: Tensor, banned: int) -> HeadStatistics:
+        (R, C), V, tiles = hidden.shape, len(head), self._tiles(hidden, head)
         count = triton.cdiv(V, tiles.columns)
         numbers = hidden.new_empty(4, R, count, dtype=torch.float32)
         indices = hidden.new_empty(R, count, dtype=torch.int32)
         sizes = dict(V=V, C=C, ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth)
         run, grid = dict(warps=tiles.warps, stages=tiles.stages), (triton.cdiv(R, tiles.rows), count)
-        arguments = (hidden, values, scale, numbers, indices, banned, R)
-        self._launch(_head_tile, grid, *arguments, **run, **sizes)
+        self._launch(_head_tile, grid, hidden, head, numbers, indices, banned, R, **run, **sizes)
         best, results = indices.new_empty(R, dtype=torch.int64), numbers.new_empty(4, R)
         sizes = dict(COUNT=count, BLOCK=triton.next_power_of_2(count))
         self._launch(_merge_statistics, (R,), numbers, indices, best, results, R, **sizes)
         return HeadStatistics(best, *results)
 
     def _tiles(self, rows: Tensor, weight: Tensor) -> Tiles:
-        key, item_bytes = (max(16, triton.next_power_of_2(len(rows))), *weight.shape), rows.element_size()
+        key, item_bytes = (max(16, triton.next_power_of_2(len(rows))), *weight.shape), weight.element_size()
         is_measured = key in self.tiles and item_bytes == 2
         return self.tiles[key] if is_measured else default_tiles(len(rows), *weight.shape, item_bytes)
 
-    def _multiply(self, rows: Tensor, weight: Weight, update: LowRankUpdate | None, is_gated: bool) -> Tensor:
-        (R, _), (values, scale) = rows.shape, values_and_scale(weight)
-        N, tiles = len(values), self._tiles(rows, values)
+    def _multiply(self, rows: Tensor, weight: Tensor, update: LowRankUpdate | None, is_gated: bool) -> Tensor:
+        R, N, tiles = len(rows), len(weight), self._tiles(rows, weight)
         shape, dtype = ((1, R, N // 2), rows.dtype) if is_gated else ((tiles.parts, R, N), torch.float32)
         out = rows.new_empty(shape, dtype=dtype)
         if update is None:
-            self._product(rows, values, scale, out, tiles, GATED=is_gated)
+            self._product(rows, weight, out, tiles, GATED=is_gated)
         else:
             reduced, (first_end, second_end) = self._reduce(rows, update), (*update.ends, N)[:2]
             added = (reduced, update.expand, update.gate.view(torch.int8))
             sizes = dict(RANK=update.expand.shape[1], SECTIONS=len(update.ends), REDUCED_PARTS=len(reduced))
             sizes |= dict(FIRST_END=first_end, SECOND_END=second_end)
-            self._product(rows, values, scale, out, tiles, added, GATED=is_gated, **sizes)
+            self._product(rows, weight, out, tiles, added, GATED=is_gated, **sizes)
         return out[0] if is_gated else out
 
     def _reduce(self, rows: Tensor, update: LowRankUpdate) -> Tensor:
@@ -119,24 +115,23 @@ class Kernels:
         tiles = reducing_tiles(*rows.shape, rows.element_size(), self.settings)
         dtype = rows.dtype if tiles.parts == 1 else torch.float32
         out = rows.new_empty(tiles.parts, len(rows), len(update.reduce), dtype=dtype)
-        self._product(rows, update.reduce, None, out, tiles, GATED=False, EARLY=self.settings.starts_early)
+        self._product(rows, update.reduce, out, tiles, GATED=False, EARLY=self.settings.starts_early)
         return out
 
     def _product(
         self,
         rows: Tensor,
-        values: Tensor,
-        scale: Tensor | None,
+        weight: Tensor,
         out: Tensor,
         tiles: Tiles,
         added: tuple = (None, None, None),
         **sizes: int,
     ) -> None:
         """Write a product into out [P, R, ...], with what is `added` in its first part."""
-        (R, K), N = rows.shape, len(values)
+        (R, K), N = rows.shape, len(weight)
         grid = (triton.cdiv(R, tiles.rows), triton.cdiv(N, tiles.columns), len(out))
         own = dict(N=N, K=K, ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, PARTS=len(out))
-        arguments, run = (rows, values, scale, *added, out, R), dict(warps=tiles.warps, stages=tiles.stages)
+        arguments, run = (rows, weight, *added, out, R), dict(warps=tiles.warps, stages=tiles.stages)
         self._launch(multiply, grid, *arguments, **run, **(PLAIN | own | sizes))
 
     def _launch(self, kernel, grid: tuple, *arguments, warps: int = 4, stages: int = 1, **sizes) -> None:
@@ -285,7 +280,7 @@ def _merge_attention(
 
 @triton.jit(do_not_specialize=["R"])
 def _head_tile(
-    hidden, head, scale, numbers, indices, banned, R, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    hidden, head, numbers, indices, banned, R, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Reduce a tile of the vocabulary, for each row of hidden [R, C], to a best index and four numbers.
@@ -297,8 +292,6 @@ def _head_tile(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     weight_row, tiles = tl.minimum(column, V - 1), tl.cdiv(C, DEPTH)
     logits = dot_tiles(hidden, head, tl.minimum(row, R - 1), weight_row, 0, tiles, C, DEPTH, OVERLAP, False)
-    if scale is not None:
-        logits *= tl.load(scale + weight_row)[:, None]
     is_allowed = (column < V) & (column != banned)
     logits = tl.where(is_allowed[:, None], logits, -float("inf"))
     best = tl.max(logits, 0)

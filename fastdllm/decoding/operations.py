@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdllm.decoding.quantized import Weight, values_and_scale
 from fastdllm.decoding.updates import LowRankUpdate
 
 
@@ -62,7 +61,7 @@ def has_kernels_for(head_size: int) -> bool:
     return head_size >= 16 and head_size & (head_size - 1) == 0
 
 
-def multiply(rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) -> Tensor:
+def multiply(rows: Tensor, weight: Tensor, update: LowRankUpdate | None = None) -> Tensor:
     """Return rows [R, K] times weight [N, K] transposed, in parts [P, R, N] to be added up; here P is 1.
 
     With an update, what it adds to the rows of its gate is in them; other rows are as without it, to the bit.
@@ -70,17 +69,14 @@ def multiply(rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) 
     return _product(rows, weight, update)[None]
 
 
-def multiply_gated(rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) -> Tensor:
+def multiply_gated(rows: Tensor, weight: Tensor, update: LowRankUpdate | None = None) -> Tensor:
     """Return SiLU(gate) * up, [R, N]; weight is [2N, K], the gate's rows first; an update comes before SiLU."""
     gate, up = _product(rows, weight, update).chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(rows.dtype)
+    return F.silu(gate) * up
 
 
-def _product(rows: Tensor, weight: Weight, update: LowRankUpdate | None = None) -> Tensor:
-    """Return rows [R, K] times weight [N, K] transposed, in the dtype of rows; float32 where the weight has a scale."""
-    values, scale = values_and_scale(weight)
-    product = F.linear(rows, values.to(rows.dtype))
-    product = product if scale is None else product.float() * scale
+def _product(rows: Tensor, weight: Tensor, update: LowRankUpdate | None) -> Tensor:
+    product = F.linear(rows, weight)
     return product if update is None else _updated(product, rows, update)
 
 
@@ -89,8 +85,7 @@ def _updated(product: Tensor, rows: Tensor, update: LowRankUpdate) -> Tensor:
     reduced = torch.where(update.gate, F.linear(rows, update.reduce), 0.0)
     starts = (0, *update.ends)
     for start, end, part in zip(starts, update.ends, reduced.chunk(len(update.ends), dim=-1), strict=False):
-        expand = update.expand[start:end].T.to(product.dtype)
-        product[:, start:end].addmm_(part.to(product.dtype), expand)
+        product[:, start:end].addmm_(part, update.expand[start:end].T)
     return product
 
 
@@ -137,9 +132,9 @@ def attend_slots(query: Tensor, keys: Tensor, values: Tensor, rows: PassRows) ->
     return output.transpose(1, 2).masked_fill(~is_seen.any(-1)[..., None, None], 0.0)
 
 
-def head_statistics(hidden: Tensor, head: Weight, banned: int) -> HeadStatistics:
+def head_statistics(hidden: Tensor, head: Tensor, banned: int) -> HeadStatistics:
     """Return what the logits of hidden [R, C] say; head is [V, C]; float32 from the logits on."""
-    logits = _product(hidden, head).float()
+    logits = F.linear(hidden, head).float()
     logits[:, banned] = -torch.inf
     best_logit, best = logits.max(-1)
     second = logits.scatter(1, best[:, None], -torch.inf).amax(-1)

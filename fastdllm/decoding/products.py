@@ -20,7 +20,6 @@ def follow(OVERLAP: tl.constexpr):
 def dot(left, right, total):
     if WIDEN:
         left, right = left.to(tl.float32), right.to(tl.float32)
-    left = left.to(right.dtype)  # of one byte
     return tl.dot(left, right, total, input_precision="ieee")
 
 
@@ -94,12 +93,12 @@ def add_update(
 
 @triton.jit(do_not_specialize=["R"])
 def multiply(
-    rows, weight, scale, reduced, expand, gate, out, R, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr,
+    rows, weight, reduced, expand, gate, out, R, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr,
     SECTIONS: tl.constexpr, REDUCED_PARTS: tl.constexpr, FIRST_END: tl.constexpr, SECOND_END: tl.constexpr,
     EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Write rows [R, K] times weight [N, K], which may have a scale [N]: out is [PARTS, R, N], or [R, N / 2] if gated.
+    """Write rows [R, K] times weight [N, K]: out is [PARTS, R, N], or [R, N / 2] if gated.
 
     The first part holds what `add_update` adds, where there is something to add; before SiLU, if gated.
     """
@@ -111,8 +110,6 @@ def multiply(
     paired = tl.minimum(column // 2, N // 2 - 1) + (column % 2) * (N // 2)  # a row of the gate's, one of up's, ...
     weight_row = paired if GATED else tl.minimum(column, N - 1)
     total = dot_tiles(rows, weight, tl.minimum(row, R - 1), weight_row, first, last, K, DEPTH, OVERLAP, EARLY)
-    if scale is not None:
-        total *= tl.load(scale + weight_row)[:, None]
     if reduced is not None:  # noqa: SIM102
         if tl.program_id(2) == 0:  # decided when run, and the one above when compiled
             total = add_update(

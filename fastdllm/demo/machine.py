@@ -6,13 +6,11 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from fastdllm.data.datamodule import DataConfig
 from fastdllm.decoding.fused import takes_triton
-from fastdllm.decoding.quantized import WeightFormat, check_format
 from fastdllm.demo.requirements import Finding
 from fastdllm.evaluation.sandbox import permit_programs
 from fastdllm.runtime import device_name, get_optimal_dtype, memory_bytes
@@ -75,7 +73,6 @@ def check_choices(device: torch.device) -> list[Finding]:
         Finding("precision", get_optimal_dtype(device)[1]),
         Finding("training attention", training),
         _check_kernels(device),
-        _check_formats(device),
         Finding("CUDA graphs", "one for each kind and size of pass" if is_cuda else "none: only on a GPU"),
     ]
 
@@ -88,17 +85,6 @@ def _check_kernels(device: torch.device) -> Finding:
     if device.type == "cuda":
         return Finding("decoding kernels", "plain torch: Triton has no products below compute capability 8.0")
     return Finding("decoding kernels", "plain torch: Triton's are for GPUs")
-
-
-def _check_formats(device: torch.device) -> Finding:
-    possible, reasons = [], []
-    for weight_format in get_args(WeightFormat):
-        try:
-            check_format(weight_format, device)
-            possible.append(weight_format)
-        except ValueError as error:
-            reasons.append(f"; {error}")
-    return Finding("weight formats", ", ".join(possible) + "".join(reasons))
 
 
 def check_storage() -> list[Finding]:

@@ -9,7 +9,6 @@ import torch
 from fastdllm.checkpoint import Checkpoint
 from fastdllm.decoding.config import DecodeConfig
 from fastdllm.decoding.policies import VERIFIED, PolicyName
-from fastdllm.decoding.quantized import WeightFormat
 from fastdllm.decoding.reuse import ActiveRows, ReuseConfig, ReuseMode, Schedule
 from fastdllm.runtime import get_optimal_dtype
 
@@ -53,8 +52,6 @@ class HarnessArguments:
     """Policy verified: drafts of a pass; 0: chosen while decoding."""
     draft_groups: str = "all"
     """Policy verified: numbers of accepted drafts for which the next are made: all, or joined by + such as 0+4+8."""
-    weight_format: WeightFormat = "model"
-    """int8, float8: one byte a weight."""
     reuse_k: int = 1
     """Refresh every k-th denoising step; 1: no reuse."""
     layer_subset: str = "first"
@@ -95,7 +92,6 @@ class HarnessArguments:
             fuse_append=self.fuse_append,
             draft_length=self.draft_length,
             draft_groups=self.draft_groups.replace("+", ","),
-            weight_format=self.weight_format,
             use_block_cache=self.use_block_cache,
             temperature=self.temperature,
             top_p=self.top_p,

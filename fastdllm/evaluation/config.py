@@ -147,11 +147,6 @@ class EvaluateConfig:
         self._check_one_source()
         self._check_threshold()
         self._check_reuse()
-        if self.engine == "transformers" and self.decode.weight_format != "model":
-            raise ValueError(
-                f"decode.weight_format {self.decode.weight_format} is our engine's alone; leave it out, or take engine "
-                "fastdllm."
-            )
         if self.engine == "transformers" and self.adapter:
             raise ValueError(
                 f"engine transformers knows no gated adapter, got adapter {self.adapter}; leave it out, or take engine "

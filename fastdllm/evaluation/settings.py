@@ -23,7 +23,7 @@ ASKED = (
     *("engine", "reuse_k", "reuse_mode", "schedule", "budget", "active_rows", "subset"),
     *("batch_size", "max_new_tokens", "limit", "prompt", "seed"),
 )
-DECODING = (*DIFFUSION_ONLY, "adapter", "weight_format", "temperature", "top_p", "engine", "max_new_tokens")
+DECODING = (*DIFFUSION_ONLY, "adapter", "temperature", "top_p", "engine", "max_new_tokens")
 LIKELIHOOD_UNUSED = (*DECODING, "seed")
 
 
@@ -220,7 +220,7 @@ def harness_arguments(settings: Settings) -> dict[str, Any]:
     names = {
         **{name: name for name in ("mode", "engine", "prompt", "device", "dtype", "seed", "batch_size")},
         **{name: name for name in ("threshold", "reuse_k", "reuse_mode", "use_block_cache", "temperature", "top_p")},
-        **{name: name for name in ("policy", "policy_parameter", "fuse_append", "weight_format")},
+        **{name: name for name in ("policy", "policy_parameter", "fuse_append")},
         **{name: name for name in ("schedule", "budget", "active_rows", "draft_length", "draft_groups")},
         "sub_block_size": "small_block_size",
         "subset": "layer_subset",

@@ -34,7 +34,6 @@ USUAL = {
     "fuse_append": False,
     "draft_length": 8,
     "draft_groups": "all",
-    "weight_format": "model",
     "reuse_mode": "output",
     "active_rows": "all",
     "use_block_cache": True,
@@ -51,10 +50,12 @@ USUAL = {
     "repeat": 1,
 }
 # Settings that a digest holds only where they are unusual: it was taken without them before they existed.
-UNHASHED = {"schedule": "fixed", "budget": None, "active_rows": "all", "weight_format": "model", "repeat": 1}
+UNHASHED = {"schedule": "fixed", "budget": None, "active_rows": "all", "repeat": 1}
 UNHASHED |= {"draft_length": 8, "draft_groups": "all", "adapter": None}
 # Settings that rows from before them lack, with what was measured then.
 ADDED = {"policy_parameter": None, "fuse_append": False, **UNHASHED}
+# Settings that are gone and that rows from their time hold, with what all cells of today do.
+REMOVED = {"weight_format": "model"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +78,9 @@ class Cell:
     @property
     def digest(self) -> str:
         """16 hex digits over the canonical settings."""
+        usual = UNHASHED | REMOVED
         hashed = {
-            key: value
-            for key, value in self.settings.items()
-            if key not in UNHASHED or value not in (UNHASHED[key], None)
+            key: value for key, value in self.settings.items() if key not in usual or value not in (usual[key], None)
         }
         return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -150,7 +150,8 @@ def cell_state(cell: Cell, folder: Path, checkpoint_hash: str) -> str:
     if row is None:
         return "missing"
     made = make_cell(row["config"]).settings | row["config"]  # completed, where the row is older than a setting
-    changed = sorted(key for key in made.keys() | cell.settings.keys() if made.get(key) != cell.settings.get(key))
+    wanted = REMOVED | cell.settings
+    changed = sorted(key for key in made.keys() | cell.settings.keys() if made.get(key) != wanted.get(key))
     if changed:
         return f"stale: {', '.join(changed)} changed"
     return "done" if row["checkpoint_hash"] == checkpoint_hash else "stale: the checkpoint changed"

@@ -127,11 +127,6 @@ class TrainConfig:
                 f"decode.sub_block_size must divide objective.block_size ({block_size}), got "
                 f"{self.decode.sub_block_size}; try {block_size // 4}."
             )
-        if self.decode.weight_format != "model":
-            raise ValueError(
-                f"decode.weight_format {self.decode.weight_format} is for evaluation, text samples are decoded with "
-                "the weights as they are; leave it out."
-            )
         check_decoding(
             "ar" if self.objective.kind == "autoregressive" else "diffusion",
             self.decode,

@@ -22,7 +22,6 @@ from fastdllm.adapter import TARGETS
 from fastdllm.decoding import operations
 from fastdllm.decoding.fused import FusedForward
 from fastdllm.decoding.operations import PassRows
-from fastdllm.decoding.quantized import STORED, quantize
 
 triton = pytest.importorskip("triton", reason="needs Triton, which comes with torch for GPUs")
 from fastdllm.decoding import kernels as source  # noqa: E402
@@ -118,25 +117,23 @@ def test_products_equal_plain_ones(R, N, K, tiles, dtype, overlap):
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter replaces the compiler")
-@pytest.mark.parametrize("weights", ["*bf16", "*i8", "*fp8e4nv"])
-def test_products_compile_for_hopper_where_no_gpu_is_needed(weights):
-    scale = [] if weights == "*bf16" else ["*fp32"]
+@pytest.mark.parametrize("starts_early", [False, True])
+def test_products_compile_for_hopper_where_no_gpu_is_needed(starts_early):
     tiles = dict(ROWS=32, COLUMNS=64, DEPTH=64, OVERLAP=True)
-    product = dict(N=128, K=256, PARTS=2, GATED=False, EARLY=weights == "*i8", **tiles)
+    product = dict(N=128, K=256, PARTS=2, GATED=False, EARLY=starts_early, **tiles)
     section = dict(RANK=1, SECTIONS=1, REDUCED_PARTS=1, FIRST_END=128, SECOND_END=128)
     without = product | section | dict.fromkeys(("reduced", "expand", "gate"))
-    compile_for_hopper(products.multiply, ["*bf16", weights, *scale, "*fp32", "i32"], without)
+    compile_for_hopper(products.multiply, ["*bf16", "*bf16", "*fp32", "i32"], without)
     update = dict(RANK=64, SECTIONS=3, REDUCED_PARTS=5, FIRST_END=64, SECOND_END=96)
-    types = ["*bf16", weights, *scale, "*fp32", "*bf16", "*i8"]
+    types = ["*bf16", "*bf16", "*fp32", "*bf16", "*i8"]
     compile_for_hopper(products.multiply, [*types, "*fp32", "i32"], product | update)
     compile_for_hopper(products.multiply, [*types, "*bf16", "i32"], product | update | dict(GATED=True, SECTIONS=2))
     numbers = ["*fp32", "*i32", "i32", "i32"]
-    compile_for_hopper(source._head_tile, ["*bf16", weights, *scale, *numbers], dict(V=200, C=256, **tiles))
+    compile_for_hopper(source._head_tile, ["*bf16", "*bf16", *numbers], dict(V=200, C=256, **tiles))
 
 
 def compile_for_hopper(kernel, types, sizes):
-    """Compile the kernel to PTX for arguments of these types, in order; what has neither type nor size is None."""
-    sizes = sizes if types[1] != "*bf16" else sizes | {"scale": None}
+    """Compile the kernel to PTX for arguments of these types, in order; what has no type has a size."""
     names, types = kernel.arg_names, iter(types)
     signature = {name: "constexpr" if name in sizes else next(types) for name in names}
     constants = {(names.index(name),): value for name, value in sizes.items()}
@@ -148,32 +145,17 @@ def compile_for_hopper(kernel, types, sizes):
 @kernels_on
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("overlap", overlaps())
-@pytest.mark.parametrize("weight_format", STORED)
-def test_products_and_statistics_of_quantized_weights_equal_plain_ones(weight_format, overlap, dtype):
-    rows, kernels = draw(5, 200, dtype=dtype), Kernels({(16, 100, 200): Tiles(16, 32, 64, 3)}, overlap)
-    weight = quantize(draw(100, 200, dtype=dtype, seed=1, scale=200**-0.5), weight_format)
-    assert_close(kernels.multiply(rows, weight).sum(0), operations.multiply(rows, weight).sum(0), **TOLERANCE[dtype])
-    gated = kernels.multiply_gated(rows, weight)
-    assert_close(gated, operations.multiply_gated(rows, weight), **TOLERANCE[dtype])
-    expected = operations.head_statistics(rows.float(), weight, 3)
-    for found, plain in zip(kernels.head_statistics(rows, weight, 3), expected, strict=True):
-        assert_close(found, plain, **TOLERANCE[dtype])
-
-
-@kernels_on
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("overlap", overlaps())
 @pytest.mark.parametrize(
-    ("R", "ends", "K", "rank", "tiles", "weight_format"),
+    ("R", "ends", "K", "rank", "tiles"),
     [
-        (5, (128,), 200, 3, None, "int8"),
-        (5, (48, 96), 2200, 64, Tiles(16, 32, 128, 3), "model"),  # the reducing product has two parts
-        (40, (60, 72, 100), 256, 70, Tiles(32, 64, 64, 8), "model"),  # columns of three sections, a rank of two steps
+        (5, (128,), 200, 3, None),
+        (5, (48, 96), 2200, 64, Tiles(16, 32, 128, 3)),  # the reducing product has two parts
+        (40, (60, 72, 100), 256, 70, Tiles(32, 64, 64, 8)),  # columns of three sections, a rank of two steps
     ],
 )
-def test_updates_of_products_equal_plain_ones(R, ends, K, rank, tiles, weight_format, overlap, dtype):
+def test_updates_of_products_equal_plain_ones(R, ends, K, rank, tiles, overlap, dtype):
     N, rows = ends[-1], draw(R, K, dtype=dtype)
-    weight = quantize(draw(N, K, dtype=dtype, seed=1, scale=K**-0.5), weight_format)
+    weight = draw(N, K, dtype=dtype, seed=1, scale=K**-0.5)
     reduce = draw(len(ends) * rank, K, dtype=dtype, seed=2, scale=K**-0.5)
     expand = draw(N, rank, dtype=dtype, seed=3, scale=rank**-0.5)
     gate = (torch.arange(R) % 3 == 1)[:, None].to(DEVICE)

@@ -10,7 +10,6 @@ from decoding.test_verify import answers, make_engine, make_requests
 from fastdllm.adapter import TARGETS, AdapterSettings, adapter_weights, add_adapter
 from fastdllm.decoding.fused import FusedForward, can_fuse
 from fastdllm.decoding.operations import PassRows
-from fastdllm.decoding.quantized import STORED, quantize, values_and_scale
 from fastdllm.decoding.updates import layer_updates
 
 
@@ -65,18 +64,17 @@ def test_a_fused_pass_with_an_adapter_equals_the_models(targets, B, T, max_few_r
     assert (hidden - without)[tokens == MASK].abs().max() > 0.1  # the updates are no small thing
 
 
-@pytest.mark.parametrize("weight_format", ["model", *STORED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_clean_rows_are_those_without_an_adapter_to_the_bit(dtype, weight_format):
-    check_clean_rows(None, dtype, weight_format=weight_format)
+def test_clean_rows_are_those_without_an_adapter_to_the_bit(dtype):
+    check_clean_rows(None, dtype)
 
 
-def check_clean_rows(kernels, dtype, device="cpu", **options):
+def check_clean_rows(kernels, dtype, device="cpu"):
     """Assert it for a pass whose mask rows write where nobody looks; and that these are other ones."""
     models = make_adapted(dtype=dtype, size=5.0, device=device), make_model(device).to(dtype)
     tokens, rows = masked_rows(3, 8, device=device)
     rows = rows._replace(places=torch.where(tokens == MASK, CAPACITY, rows.places))
-    found, expected = (run_pass(FusedForward(model, kernels, **options), tokens, rows)[0] for model in models)
+    found, expected = (run_pass(FusedForward(model, kernels), tokens, rows)[0] for model in models)
     is_clean = tokens != MASK
     assert torch.equal(found[is_clean], expected[is_clean])
     assert not torch.isclose(found[~is_clean].float(), expected[~is_clean].float()).all(-1).any()
@@ -91,22 +89,6 @@ def test_a_pass_said_to_be_clean_computes_no_update():
     )
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("weight_format", STORED)
-@torch.no_grad()
-def test_updates_are_added_to_weights_of_a_byte(weight_format):
-    model, rounded = make_adapted(), make_adapted()
-    fused = FusedForward(model, weight_format=weight_format)
-    for layer in rounded.qwen.model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name in {name.split(".")[0] for name, _ in part.named_children()} & set(TARGETS):
-                base = getattr(part, name).base
-                values, scale = values_and_scale(quantize(base.weight, weight_format))
-                base.weight.data = values.float() * scale[:, None]
-    tokens, rows = masked_rows(2, 6)
-    for ours, theirs in zip(run_pass(fused, tokens, rows), run_model(rounded, tokens, rows), strict=True):
-        assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_the_head_keeps_the_frozen_row_of_the_mask_token():

@@ -58,7 +58,7 @@ def test_every_setting_that_differs_shows_in_the_name():
         "batch_size": 4, "max_new_tokens": 9, "limit": 3, "prompt": "lm_eval", "device": "cpu", "dtype": "float16",
         "label": "x", "task": "y", "mode": "ar", "reuse_k": 2, "policy": "other",
         "policy_parameter": 0.4, "fuse_append": True, "schedule": "adaptive", "active_rows": "needed", "repeat": 2,
-        "weight_format": "int8", "adapter": "z",
+        "adapter": "z",
     }  # fmt: skip
     drafts = {"draft_length": 4, "draft_groups": "0,8"}
     assert {*other, *drafts, "subset", "reuse_mode", "top_p", "seed", "budget"} == set(SETTINGS)
@@ -108,6 +108,15 @@ def test_a_row_of_other_settings_or_weights_is_stale_and_says_why(tmp_path):
     changed = fake_row(one, config={**one.settings, "seed": 7}, config_digest="1")
     run_cells([(one, "forced")], tmp_path, HASH, lambda _: changed)
     assert cell_state(one, tmp_path, HASH) == "stale: seed changed"
+
+
+def test_a_row_from_when_weights_had_formats_is_done_if_it_has_the_models_own(tmp_path):
+    one = cell()
+    for value, state in (("model", "done"), ("int8", "stale: weight_format changed")):
+        old = {**one.settings, "weight_format": value}
+        run_cells([(one, "forced")], tmp_path, HASH, lambda _, old=old: fake_row(one, config=old))
+        assert cell_state(one, tmp_path, HASH) == state
+        assert (make_cell(old).digest == one.digest) == (value == "model")
 
 
 def test_status_counts_measurements_and_shows_all_names(tmp_path):

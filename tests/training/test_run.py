@@ -194,11 +194,6 @@ def test_the_module_trains_as_the_config_says(make_config, monkeypatch):
     ("decode", "kind", "message"),
     [
         (DecodeConfig(sub_block_size=16), "block_diffusion", r"sub_block_size must divide .* \(8\), got 16; try 2"),
-        (
-            DecodeConfig(weight_format="int8", sub_block_size=4),
-            "block_diffusion",
-            "weight_format int8 is for eval",
-        ),
         (DecodeConfig(policy="verified"), "block_diffusion", "verified needs a model whose context attends causally"),
         (DecodeConfig(policy="verified"), "autoregressive", "verified does nothing in mode ar"),
         (DecodeConfig(fuse_append=True), "autoregressive", "fuse_append needs diffusion decoding"),
