@@ -24,6 +24,7 @@ ASKED = (
     *("batch_size", "max_new_tokens", "limit", "prompt", "seed"),
 )
 DECODING = (*DIFFUSION_ONLY, "adapter", "temperature", "top_p", "engine", "max_new_tokens")
+SAMPLING = ("top_p", "seed")
 LIKELIHOOD_UNUSED = (*DECODING, "seed")
 
 
@@ -99,13 +100,16 @@ def _check_effect(config: EvaluateConfig, plans: Sequence[Plan]) -> None:
     chosen = {key.removeprefix("decode.") for key in given(config)} | varied(config).keys()
     inert = {
         f"{name} {asked[name]}": None
-        for name in DIFFUSION_ONLY
+        for name in (*DIFFUSION_ONLY, *SAMPLING)
         for asked, _ in pairs
         if name in chosen and all(cell[name] != asked[name] for _, cell in pairs)
     }
     if inert:
-        modes = {cell["mode"] for _, cell in pairs}
-        where = f"in mode ar, which {plans[0].checkpoint.source} is decoded in" if modes == {"ar"} else "in any cell"
+        where = "in any cell"
+        if all(text.split()[0] in SAMPLING for text in inert):
+            where = "at temperature 0, which draws nothing"
+        elif all(cell["mode"] == "ar" for _, cell in pairs):
+            where = f"in mode ar, which {plans[0].checkpoint.source} is decoded in"
         raise ValueError(f"{', '.join(inert)}: without effect {where}; leave out, or give what it needs (see --help).")
 
 

@@ -105,6 +105,8 @@ def test_adaptive_reuse_and_active_rows_name_their_cells(adapted):
     [
         ({"axes": AxesConfig(sub_block_size=[8, 12])}, "sub_block_size must divide the block size.*got 12"),
         ({"axes": AxesConfig(subset=["first"])}, "subset first: without effect in any cell"),
+        ({"seed": 3}, "seed 3: without effect at temperature 0, which draws nothing"),
+        ({"decode": DecodeConfig(top_p=0.5)}, "top_p 0.5: without effect at temperature 0"),
         ({"axes": AxesConfig(policy=["factor"], threshold=[0.5])}, "threshold 0.5: without effect"),
         ({"axes": AxesConfig(policy=["verified"])}, "context attends causally, got context_attention block"),
         ({"axes": AxesConfig(draft_length=[4])}, "draft_length 4: without effect in any cell"),
