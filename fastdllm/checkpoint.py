@@ -42,6 +42,7 @@ from fastdllm.runtime import replace_folder, write_text
 MASK_TOKEN = "|<MASK>|"
 QWEN_MASK_TOKEN_ID = 151665  # the first id that Qwen2.5's tokenizer leaves free
 SHARD_SIZE = "5GB"
+SUFFIXES = (".json", ".safetensors", ".jinja", ".txt")  # of the files of a checkpoint folder
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "merges.txt"]
 VOLATILE_KEYS = ("transformers_version", "_name_or_path")  # say nothing about the model: not part of its digest
 
@@ -216,7 +217,11 @@ def save_checkpoint(
         ValueError: the weights do not fit the config, or `folder` holds something that is no checkpoint.
     """
     folder = Path(folder)
-    others = [path.name for path in folder.iterdir() if not _is_ours(path)] if folder.is_dir() else []
+    others = (
+        [path.name for path in folder.iterdir() if not (path.is_file() and path.suffix in SUFFIXES)]
+        if folder.is_dir()
+        else []
+    )
     if others or folder.is_file():
         raise ValueError(
             f"{folder} holds {others[0] if others else 'a file'}, which is no part of a checkpoint, so it is not "
@@ -395,8 +400,3 @@ def _save_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def _is_ours(path: Path) -> bool:
-    """Return whether a file is of a kind that a checkpoint folder has."""
-    return path.is_file() and path.suffix in (".json", ".safetensors", ".jinja", ".txt")
