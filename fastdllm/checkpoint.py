@@ -217,11 +217,8 @@ def save_checkpoint(
         ValueError: the weights do not fit the config, or `folder` holds something that is no checkpoint.
     """
     folder = Path(folder)
-    others = (
-        [path.name for path in folder.iterdir() if not (path.is_file() and path.suffix in SUFFIXES)]
-        if folder.is_dir()
-        else []
-    )
+    paths = folder.iterdir() if folder.is_dir() else ()
+    others = [path.name for path in paths if not (path.is_file() and path.suffix in SUFFIXES)]
     if others or folder.is_file():
         raise ValueError(
             f"{folder} holds {others[0] if others else 'a file'}, which is no part of a checkpoint, so it is not "
