@@ -128,6 +128,20 @@ def test_seconds_are_those_of_a_run_that_records_nothing(byte_tokenizer, monkeyp
     assert ends[-1] < 0.02 * len(seen)  # recording alone took longer
 
 
+def test_an_engine_that_runs_ahead_of_its_host_is_timed_pass_by_pass(byte_tokenizer, monkeypatch):
+    set_up = Engine._set_up
+
+    def ahead(self, waiting):  # as with CUDA graphs: one kind of pass, and one pass more than the host knows of
+        set_up(self, waiting)
+        self._is_universal, self._lag = True, int(not isinstance(self, record_module._RecordingEngine))
+
+    monkeypatch.setattr(Engine, "_set_up", ahead)
+    _, _, done, steps, timing = decode(byte_tokenizer, threshold=0.4, sub_block_size=4)
+    ends = [step.seconds for step in steps]
+    assert timing == "undisturbed" and ends == sorted(set(ends))
+    assert len(steps) == done.prefill_passes + done.denoise_passes + done.append_passes
+
+
 def test_a_run_that_went_another_way_is_timed_by_its_recording_and_says_so(byte_tokenizer, monkeypatch, capsys):
     time = record_module._TimedEngine.time
 

@@ -243,6 +243,14 @@ def test_colours_bars_and_the_choice_of_a_trace_follow_the_traces(browser):
     assert browser.execute_script("return state.total") == 4 and texts(browser, 0) == texts(browser, 1)
 
 
+def test_a_single_trace_stands_alone(browser, tmp_path):
+    (tmp_path / "one.html").write_text(page([diffusion()]))
+    browser.get(f"file://{tmp_path}/one.html")
+    find(browser, "#forward")[0].click()
+    find(browser, "#forward")[0].click()
+    assert len(find(browser, ".panel")) == 1 and texts(browser, 0)[0] == "One"
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [500, 1200])
 def test_it_is_readable_in_both_schemes_and_widths(browser, scheme, width):
