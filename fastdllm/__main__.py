@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdllm.cli import run
+from fastdllm.cli import run, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,12 @@ def doctor(arguments: list[str]) -> None:
     main(arguments)
 
 
+def view(arguments: list[str]) -> None:
+    from fastdllm.demo.view import main
+
+    main(arguments)
+
+
 COMMANDS = {
     "doctor": doctor,
     "export": export,
@@ -99,17 +105,12 @@ COMMANDS = {
     "curves": curves,
     "inspect-data": inspect_data,
     "distill": distill,
+    "view": view,
 }
 
 
 def main() -> None:
-    """Run the command named by the first argument; without a known one, list them and exit with status 2."""
-    name, *arguments = sys.argv[1:] or [""]
-    if name not in COMMANDS:
-        lines = "\n".join(f"  python -m fastdllm {command} --help" for command in COMMANDS)
-        print(f"error: command must be one of these, got {name!r}:\n{lines}", file=sys.stderr)
-        raise SystemExit(2)
-    COMMANDS[name](arguments)
+    run_command("fastdllm", COMMANDS, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -47,6 +47,15 @@ def run(config_class: type[Config], action: Callable[[Config], object], argv: li
         _refuse(str(error))
 
 
+def run_command(program: str, commands: dict[str, Callable[[list[str]], None]], arguments: list[str]) -> None:
+    """Run the command named by the first argument; without a known one, list them and exit with status 2."""
+    name, *rest = arguments or [""]
+    if name not in commands:
+        lines = "\n".join(f"  python -m {program} {command} --help" for command in commands)
+        _refuse(f"command must be one of these, got {name!r}:\n{lines}")
+    commands[name](rest)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the config as nested plain dicts."""
     return dataclasses.asdict(config)

@@ -10,6 +10,7 @@ from fastdllm import objective
 from fastdllm.adapter import AdapterSettings, adapter_weights, add_adapter
 from fastdllm.decoding.engine import DecodeConfig, Engine, Request
 from fastdllm.decoding.policies import DEFAULT_THRESHOLD
+from fastdllm.decoding.record import record
 from fastdllm.decoding.reuse import ReuseConfig
 from fastdllm.draft import DraftConfig, draw_anchors
 from fastdllm.model import BlockDiffusionLM
@@ -153,6 +154,20 @@ def test_graphs_give_the_tokens_and_counts_of_eager_passes_on_the_cpu_in_float32
         answers.append(sorted(engine.run(requests), key=lambda completion: completion.index))
         assert (engine.capture_seconds > 0) == (device == "cuda")
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("options", [{"mode": "ar"}, {}, {"reuse": ReuseConfig(reuse_k=2)}], ids=str)
+def test_a_trace_timed_with_graphs_has_the_steps_of_the_cpu_s(byte_tokenizer, options):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    request = Request(prompt=make_prompts((21,))[0], max_new_tokens=30)
+    options = {"mode": "diffusion", "decode": DecodeConfig(threshold=0.4, sub_block_size=4)} | options
+    steps = []
+    for device in ("cpu", "cuda"):
+        _, found, timing = record(make_model(hidden_size=64).to(device), byte_tokenizer, request, **options)
+        steps.append([[(token.place, token.token) for token in step.tokens] for step in found])
+        ends = [step.seconds for step in found]
+        assert timing == "undisturbed" and ends == sorted(set(ends))
+    assert steps[0] == steps[1]
 
 
 def test_replays_do_not_need_scratch_memory_that_torch_gives_back(byte_tokenizer):

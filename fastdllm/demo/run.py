@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastdllm.cli import parse, run
+from fastdllm.demo.view import ViewConfig, view
 from fastdllm.evaluation.config import EvaluateConfig
 from fastdllm.evaluation.plots import draw_accuracy
 from fastdllm.evaluation.results import Row, print_table
@@ -20,6 +21,7 @@ TRAIN_CONFIG = "configs/demo.yaml"
 RUN = "runs/demo"
 PROBLEMS = "data/word_problems/problems.py"  # a program of the repository, not of the package
 TASK = "tiny_problems"
+TRACES = 2  # of each measurement
 AUTOREGRESSIVE, ADAPTED = "data/tiny", "data/tiny-adapted"
 LEGEND = f"""tiny: {AUTOREGRESSIVE}, the bundled autoregressive model; tokens seen are those of the adaptation
 demo: {AUTOREGRESSIVE} adapted just now by {TRAIN_CONFIG}, on far fewer tokens than arithmetic needs to survive
@@ -57,6 +59,8 @@ def run_demo(config: DemoConfig) -> list[Row]:
         print_table(rows, show_mixed_revisions=True)
         figure = draw_accuracy(rows, f"{RUN}/figure.png", show_mixed_revisions=True)
     print(LEGEND)
+    page = view(ViewConfig(sources=[RUN]))
+    print(f"watch the answers appear, AR beside diffusion: open {page} in a browser")
     print(f"figure: {figure}; rows: {RUN}/rows; curves: tensorboard --logdir runs")
     print(f"demo finished in {(time.perf_counter() - started) / 60:.1f} minutes")
     return rows
@@ -74,6 +78,7 @@ def step(number: str, what: str):
 def _measure(config: DemoConfig) -> Callable[..., list[Row]]:
     def measure(**settings) -> list[Row]:
         shared = {"run": RUN, "task": TASK, "device": "cpu", "limit": config.limit}
+        shared["trace"] = min(TRACES, config.limit or TRACES)
         return run_missing(EvaluateConfig(**settings, **shared, force="all" if config.fresh else ""))
 
     return measure

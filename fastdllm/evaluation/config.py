@@ -10,7 +10,7 @@ from fastdllm.decoding.reuse import ActiveRows, ReuseConfig, ReuseMode, Schedule
 from fastdllm.evaluation.sweep import GRID
 
 UNUSED_REUSE = ("first", "output")
-LEAST = {"reuse_k": 1, "budget": 0, "batch_size": 1, "max_new_tokens": 0, "limit": 0, "repeat": 1}
+LEAST = {"reuse_k": 1, "budget": 0, "batch_size": 1, "max_new_tokens": 0, "limit": 0, "repeat": 1, "trace": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,9 @@ class EvaluateConfig:
     """More to vary, with or without grid: --axes.threshold [0.8,0.9] --axes.batch_size [1,32] is four cells."""
     repeat: int = 1
     """Times that each cell is measured, as rows of their own: all cells once, then all again, 1 or more."""
+    trace: int = 0
+    """First problems of each cell that are decoded again, one by one, with a trace in <run folder>/traces/, also where
+    the cell has a row already; 0: none. Look at them with python -m fastdllm.demo view."""
     status: bool = False
     """Only print which rows are there."""
     dry_run: bool = False
@@ -147,6 +150,7 @@ class EvaluateConfig:
         self._check_one_source()
         self._check_threshold()
         self._check_reuse()
+        self._check_trace()
         if self.engine == "transformers" and self.adapter:
             raise ValueError(
                 f"engine transformers knows no gated adapter, got adapter {self.adapter}; leave it out, or take engine "
@@ -208,6 +212,17 @@ class EvaluateConfig:
                 subset=self.subset,
                 reuse_mode=self.reuse_mode,
                 active_rows=self.active_rows,
+            )
+
+    def _check_trace(self) -> None:
+        if self.trace and (self.status or self.dry_run or self.engine == "transformers"):
+            raise ValueError(
+                f"trace {self.trace} needs a run of engine fastdllm; leave trace out, or status, dry_run and engine "
+                "transformers."
+            )
+        if self.trace > self.limit > 0:
+            raise ValueError(
+                f"trace must be at most limit ({self.limit}), got {self.trace}; raise limit, or lower trace."
             )
 
     def _values(self, name: str) -> list[Any]:

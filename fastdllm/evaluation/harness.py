@@ -76,8 +76,10 @@ class FastDLLMv2(TemplateLM):
         """For the accuracy while running; empty: not shown."""
         self.store: SampleStore | None = None
         """What was answered before, and where what is answered now is kept; None: nowhere."""
+        self.requests: dict[tuple[str, int], Request] = {}
+        """What was asked, by (task name, problem number)."""
         self.completions: dict[tuple[str, int], Completion] = {}
-        """What was counted, by (task name, problem number)."""
+        """What was counted, by the same."""
         self.likelihood: str | None = None
         """Which log-likelihood was computed, if any."""
         self.clock_mhz: int | None = None
@@ -150,6 +152,7 @@ class FastDLLMv2(TemplateLM):
         """
         self._check_repeats(requests)
         queue = [self._request(number, instance) for number, instance in enumerate(requests)]
+        self.requests |= zip(map(_problem, requests), queue, strict=True)
         keys = [sample_key(instance, asdict(asked)) for instance, asked in zip(requests, queue, strict=True)]
         done = {number: Completion(**sample) for number, sample in self._kept(keys).items()}
         answers = {number: completion.text for number, completion in done.items()}

@@ -35,6 +35,7 @@ from fastdllm.evaluation.settings import (
 )
 from fastdllm.evaluation.store import SampleStore, digest
 from fastdllm.evaluation.tasks import load_task
+from fastdllm.evaluation.traces import keep_traces
 from fastdllm.runtime import code_revision, device_name, library_versions, load_average, pick_device
 
 
@@ -105,7 +106,12 @@ def _run_plan(plan: Plan, config: EvaluateConfig, forced: set[str], revision: tu
         return measure(cell, checkpoint, config, plan.folder, revision)
 
     elsewhere = sweep.run_cells(to_run, rows, checkpoint.digest, measure_cell)
-    return read_cells([cell for cell in cells if cell not in elsewhere], rows)
+    ours = [cell for cell in cells if cell not in elsewhere]
+    if config.trace:
+        again = {cell.name for cell, _ in to_run}
+        for cell in ours:
+            keep_traces(cell, checkpoint, config, plan.folder, revision[0], is_forced=cell.name in again)
+    return read_cells(ours, rows)
 
 
 def show_rows(folder: Path, show_mixed_revisions: bool = False) -> None:

@@ -117,7 +117,9 @@ def check_likelihood(config: EvaluateConfig) -> None:
     """Raise ValueError for options that a log-likelihood task would silently ignore."""
     chosen, values = given(config), varied(config)
     own = {key: value for key, value in flatten(config).items() if key in chosen}
-    inert = [f"{key} {value}" for key, value in (own | values).items() if key.removeprefix("decode.") in DECODING]
+    inert = [
+        f"{key} {value}" for key, value in (own | values).items() if key.removeprefix("decode.") in (*DECODING, "trace")
+    ]
     if inert:
         raise ValueError(unused_by_likelihood(inert))
 

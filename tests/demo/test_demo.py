@@ -18,7 +18,7 @@ def row(settings, **fields):
 
 
 def test_the_demo_measures_ar_the_fresh_adaptation_and_the_bundled_one_with_its_grid(tmp_path, monkeypatch, capsys):
-    measured, trained, started = [], [], []
+    measured, trained, started, viewed = [], [], [], []
 
     def run_missing(config):
         measured.append(config)
@@ -29,6 +29,7 @@ def test_the_demo_measures_ar_the_fresh_adaptation_and_the_bundled_one_with_its_
     monkeypatch.setattr(demo, "parse", lambda kind, arguments: arguments)
     monkeypatch.setattr(demo, "train", trained.append)
     monkeypatch.setattr(demo, "run_missing", run_missing)
+    monkeypatch.setattr(demo, "view", lambda config: viewed.append(config.sources))
     rows = demo.run_demo(demo.DemoConfig(limit=3))
     assert started == [[sys.executable, demo.PROBLEMS]] and (ROOT / demo.PROBLEMS).exists()
     assert trained == [["--config", "configs/demo.yaml"]]
@@ -39,7 +40,11 @@ def test_the_demo_measures_ar_the_fresh_adaptation_and_the_bundled_one_with_its_
         ("data/tiny-adapted", 0.9, True),
     ]
     assert {(one.run, one.task, one.limit, one.force) for one in measured} == {("runs/demo", "tiny_problems", 3, "")}
+    assert {one.trace for one in measured} == {2} and viewed == [["runs/demo"]]
     assert len(rows) == 4 and (tmp_path / "runs/demo/figure.png").exists()
+    demo.run_demo(demo.DemoConfig(limit=1))  # no more traces than problems
+    assert {one.trace for one in measured[4:]} == {1}
+    del measured[4:], trained[1:]
     demo.run_demo(demo.DemoConfig(fresh=True))
     assert trained[1] == ["--config", "configs/demo.yaml", "--fresh"]
     assert {(one.limit, one.force) for one in measured[4:]} == {(0, "all")}
