@@ -60,8 +60,11 @@ class ObjectiveConfig:
                 "objective.ar_loss_weight above 0 needs objective.context_attention causal, got block: with "
                 "block-causal attention the clean rows see the tokens that they would have to predict."
             )
-        if self.kind == "autoregressive" and (self.ar_loss_weight > 0 or self.first_token != "noised"):
-            raise ValueError("objective.kind autoregressive has no views: leave ar_loss_weight and first_token alone.")
+        of_views = (self.ar_loss_weight, self.first_token, self.drop_dead_rows)
+        if self.kind == "autoregressive" and of_views != (0.0, "noised", True):
+            raise ValueError(
+                "objective.kind autoregressive has no views: leave ar_loss_weight, first_token and drop_dead_rows out."
+            )
 
     def sample_shape(self, sample_length: int) -> SampleShape:
         """Return what a sample holds: `sample_length` tokens, or more where their dead rows are left out."""

@@ -315,6 +315,7 @@ def test_autoregressive_targets_are_the_next_response_tokens():
         ({"ar_loss_weight": 0.3}, "needs objective.context_attention causal"),
         ({"ar_loss_weight": -1.0}, "0 or more"),
         ({"kind": "autoregressive", "first_token": "clean"}, "has no views"),
+        ({"kind": "autoregressive", "drop_dead_rows": False}, "has no views: leave .* drop_dead_rows"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):

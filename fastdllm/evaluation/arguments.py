@@ -12,7 +12,7 @@ from fastdllm.decoding.policies import VERIFIED, PolicyName
 from fastdllm.decoding.reuse import ActiveRows, ReuseConfig, ReuseMode, Schedule
 from fastdllm.runtime import get_optimal_dtype
 
-READ_BY_LIKELIHOOD = ("model_path", "device", "dtype", "batch_size", "mask_id", "bd_size", "mode", "prompt", "seed")
+READ_BY_LIKELIHOOD = ("model_path", "device", "dtype", "batch_size", "mask_id", "bd_size", "mode", "prompt")
 READ_BY_LIKELIHOOD += ("experiment_name", "show_speed")
 
 

@@ -178,6 +178,7 @@ def test_sampling_tasks_and_unknown_options_are_errors(adapted):
         {"use_block_cache": True},
         {"temperature": 0.5},
         {"max_new_tokens": 7},
+        {"seed": 3},
         {"active_rows": "needed", "use_block_cache": True},
     ],
 )
