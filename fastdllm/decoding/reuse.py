@@ -140,8 +140,7 @@ class LayerStore:
         self.layers = config.layers(model.num_layers)
         self.mode = config.reuse_mode
         shape = (num_slots, model.block_size, model.qwen.config.hidden_size)
-        keeps = () if self.mode == "output" else self.layers
-        self._stored = {layer: torch.zeros(shape, dtype=model.dtype, device=model.device) for layer in keeps}
+        self._stored = {layer: torch.zeros(shape, dtype=model.dtype, device=model.device) for layer in self.layers}
 
     def select(self, slots: Tensor, offsets: Tensor, *, is_reused: bool, is_full: bool) -> None:
         """Say what the next pass is: slots [R], block offsets of its rows [R, T], and what happens to the subset."""
@@ -207,9 +206,10 @@ class GatedStore(LayerStore):
 
 
 def make_store(model: BlockDiffusionLM, config: ReuseConfig, num_slots: int, sub_block_size: int) -> LayerStore | None:
-    """Return what keeps the reused layers' results, None if no layer's is asked for: steps that reuse run all or none.
+    """Return what keeps the reused layers' results; None if nothing is reused, or no layer by itself (mode output).
 
-    So in mode output the subset changes nothing, not even how a layer's output is rounded.
+    Layers of a store are run in two halves, which the fused pass rounds otherwise: without one, mode output gives the
+    same numbers for any subset.
     """
     if config.is_adaptive:
         return GatedStore(model, config, num_slots, sub_block_size)

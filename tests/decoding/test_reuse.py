@@ -67,7 +67,7 @@ def test_a_reused_layer_does_no_work_and_the_others_all(byte_tokenizer, mode, su
     assert all((calls.mlp[layer] == passes) == (mode == "attn" or layer not in left_out) for layer in range(7))
 
 
-def test_mode_output_keeps_no_layers_results_so_the_subset_changes_not_even_a_rounding(byte_tokenizer):
+def test_mode_output_runs_no_layer_in_halves_so_the_subset_changes_not_even_a_rounding(byte_tokenizer):
     engine = Engine(make_model(layers=7), byte_tokenizer, reuse=reusing("output"))
     list(engine.run([Request(prompt=make_prompts((9,))[0], max_new_tokens=4)]))
     assert engine.steps.is_output and engine.steps.store is None
