@@ -7,15 +7,15 @@ its own, so that differences may build up as they would in use; what it would ha
 whether it would have accepted that, is compared. Flips are listed by the plain layers' own margin: the probability of
 the most likely token minus that of the second, or the confidence minus the threshold. Then the same prompts are decoded
 by an engine of plain layers and by one as it comes (fused, with CUDA graphs on a GPU), and the answers are compared.
-The prompts are the "question" of each line of a JSON-lines file, gzip or not, as a user's turn.
+The prompts are those of a JSON-lines file, as prompts.py reads it.
 """
 
-import gzip
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from prompts import read_requests  # beside this file
 from torch import Tensor
 
 from fastdllm.checkpoint import load_checkpoint
@@ -39,7 +39,7 @@ class FlipsConfig:
     checkpoint: str
     """An adapted checkpoint."""
     prompts: str
-    """JSON lines with a "question" each."""
+    """JSON lines, gzip or not."""
     count: int = 64
     """Prompts taken, from the first."""
     max_new_tokens: int = 256
@@ -102,7 +102,7 @@ def measure(config: FlipsConfig) -> None:
     device = pick_device()
     checkpoint = load_checkpoint(config.checkpoint, dtype=getattr(torch, config.dtype), device=str(device))
     model, tokenizer = checkpoint.model(), checkpoint.tokenizer
-    requests = read_requests(config, tokenizer)
+    requests = read_requests(config.prompts, config.count, config.max_new_tokens, tokenizer)
     options = dict(decode=DecodeConfig(threshold=config.threshold), batch_size=config.batch_size)
     steps: list[ComparingSteps] = []
 
@@ -131,23 +131,6 @@ def measure(config: FlipsConfig) -> None:
     print(json.dumps(result, indent=1))
     if config.output:
         write_text(Path(config.output), json.dumps(result, indent=1) + "\n")
-
-
-def read_lines(path: str) -> list[dict]:
-    """Return the objects of a file of JSON lines, gzip or not."""
-    opened = gzip.open if path.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def read_requests(config: FlipsConfig, tokenizer) -> list[Request]:
-    questions = [line["question"] for line in read_lines(config.prompts)][: config.count]
-    texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False)
-        for q in questions
-    ]
-    prompts = tokenizer(texts, add_special_tokens=False).input_ids
-    return [Request(prompt=prompt, max_new_tokens=config.max_new_tokens) for prompt in prompts]
 
 
 def answers(engine: Engine, requests: list[Request]) -> list[list[int]]:

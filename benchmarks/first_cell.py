@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from decode_flips import read_requests  # beside this file
+from prompts import read_requests  # beside this file
 
 from fastdllm.checkpoint import load_checkpoint
 from fastdllm.cli import run
@@ -36,7 +36,7 @@ class FirstCellConfig:
     checkpoint: str
     """An adapted checkpoint."""
     prompts: str
-    """JSON lines with a "question" each."""
+    """JSON lines, gzip or not."""
     output: str
     """JSON file to write."""
     count: int = 10
@@ -80,7 +80,7 @@ def _time_cells(form: str, config: FirstCellConfig) -> dict[str, list[float]]:
     device = pick_device()
     checkpoint = load_checkpoint(config.checkpoint, dtype=get_optimal_dtype(device)[0], device=str(device))
     model, tokenizer = checkpoint.model(), checkpoint.tokenizer
-    requests = read_requests(config, tokenizer)
+    requests = read_requests(config.prompts, config.count, config.max_new_tokens, tokenizer)
     speeds: dict[str, list[float]] = {f"k1_{subset}": [] for subset in SUBSETS}
     engines: dict[str, Engine] = {}
     for _ in range(1 + config.repeats):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_flips import read_lines  # beside this file
+from prompts import read_requests  # beside this file
 
 from fastdllm.checkpoint import load_checkpoint
 from fastdllm.cli import run
@@ -44,17 +44,6 @@ from fastdllm.runtime import (
 )
 
 WARM_UP_TOKENS = 8
-FORMS = {  # field of a line -> what the user asks, and how the answer begins
-    "question": (
-        "Question: {question}\nPlease reason step by step, and put your final answer within \\boxed{{{{}}}}.",
-        "",
-    ),
-    "entry_point": (
-        "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{prompt}\n```\n",
-        "Here is the completed function:\n```python\n{prompt}\n",
-    ),
-    "prompt": ("{prompt}", ""),
-}
 COLUMNS = ("policy", "batch", "tokens per forward", "tokens/s", "of own AR", "of transformers", "rows a token")
 COLUMNS += ("equal answers", "largest margin")
 
@@ -242,22 +231,6 @@ class Lossless:
 
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def read_requests(path: str, count: int, max_new_tokens: int, tokenizer) -> list[Request]:
-    """Return the requests of the file's first lines. Raises ValueError for lines of no known form."""
-    lines, texts = read_lines(path)[:count], []
-    for line in lines:
-        name = next((name for name in FORMS if name in line), None)
-        if name is None:
-            raise ValueError(f"{path} has a line without any of {', '.join(FORMS)}: {sorted(line)}.")
-        question, beginning = (form.format(**line) for form in FORMS[name])
-        turns = [{"role": "user", "content": question}]
-        turns += [{"role": "assistant", "content": beginning}] if beginning else []
-        options = {"continue_final_message": True} if beginning else {"add_generation_prompt": True}
-        texts.append(tokenizer.apply_chat_template(turns, tokenize=False, **options))
-    prompts = tokenizer(texts, add_special_tokens=False).input_ids
-    return [Request(prompt=prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
 
 
 def measure(config: LosslessConfig) -> list[dict[str, Any]]:

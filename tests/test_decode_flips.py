@@ -20,7 +20,7 @@ def compare(flips, tmp_path):
         f"Tom has {n} apples. He buys {n + 3} more apples. How many apples does Tom have now?" for n in (2, 14)
     ]
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"question": question}) + "\n" for question in questions))
+    prompts.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
     flips.measure(
         flips.FlipsConfig(
             checkpoint=str(ROOT / "data/tiny-adapted"),

@@ -96,16 +96,17 @@ def test_what_is_noted_of_drafts_is_what_answers_count(lossless, adapter, tmp_pa
 
 
 def test_prompts_are_asked_as_evaluation_asks(lossless, tmp_path):
-    form, beginning = lossless.FORMS["question"]
+    prompts = importlib.import_module("prompts")
+    form, beginning = prompts.FORMS["question"]
     asked = form.format(question="How many?")
     assert asked == published_prompt("gsm8k", "Question: How many?\nAnswer:") and not beginning
     tokenizer, file = load_checkpoint(TINY).tokenizer, tmp_path / "humaneval.jsonl"
     file.write_text(json.dumps({"prompt": "def f():\n", "entry_point": "f"}) + "\n")
-    (request,) = lossless.read_requests(str(file), 5, 8, tokenizer)
+    (request,) = prompts.read_requests(str(file), 5, 8, tokenizer)
     text = tokenizer.decode(request.prompt)
     assert text.endswith("completed function:\n```python\ndef f():\n\n") or text.endswith("```python\ndef f():")
     file.write_text('{"text": "x"}\n')
     with pytest.raises(ValueError, match="has a line without any of question, entry_point, prompt: .'text'."):
-        lossless.read_requests(str(file), 5, 8, tokenizer)
+        prompts.read_requests(str(file), 5, 8, tokenizer)
     with pytest.raises(ValueError, match="count must be 1 or more, got 0"):
         lossless.LosslessConfig(checkpoint="a", adapter="b", prompts="c", count=0)
