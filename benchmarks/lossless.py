@@ -4,7 +4,9 @@
 
 The same prompts are answered greedily by transformers' own `generate` (the first ones, one at a time, and a batch), by
 our mode ar, both on the weights without the adapter, and by policy verified at each draft length; 0 is chosen while
-decoding. Prompts are lines with "question" (GSM8K), "entry_point" (HumanEval) or "prompt", asked as evaluation asks.
+decoding. With `--workers N` so many processes on the same device answer what of transformers is compared and not timed,
+each one prompt at a time as well. Prompts are lines with "question" (GSM8K), "entry_point" (HumanEval) or "prompt",
+asked as evaluation asks.
 
 Each answer is compared, token by token, with that of transformers. The first difference of each is listed with the
 margin of the reference there: by how much the best of its logits leads the second, in plain layers without a cache.
@@ -16,13 +18,16 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from prompts import read_requests  # beside this file
+from transformers import PreTrainedTokenizerBase
 
 from fastdllm.checkpoint import load_checkpoint
 from fastdllm.cli import run
@@ -34,6 +39,7 @@ from fastdllm.decoding.rows import Completion, stop_token_ids
 from fastdllm.decoding.state import Phase
 from fastdllm.decoding.verify import VerifySteps
 from fastdllm.evaluation.results import markdown
+from fastdllm.model import BlockDiffusionLM
 from fastdllm.runtime import (
     code_revision,
     device_name,
@@ -62,6 +68,10 @@ class LosslessConfig:
     """Prompts taken, from the first."""
     exact_count: int = 20
     """Of these, how many transformers answers one at a time: answers are compared with them."""
+    timed_count: int = 20
+    """Of those, how many its speed at batch size 1 is taken from."""
+    workers: int = 1
+    """Processes that share the others out; each has the model's weights for itself."""
     max_new_tokens: int = 256
     """Limit on each answer."""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32])
@@ -78,7 +88,7 @@ class LosslessConfig:
     """Folder of the rows."""
 
     def __post_init__(self):
-        for name in ("count", "exact_count", "max_new_tokens", "repeats"):
+        for name in ("count", "exact_count", "timed_count", "workers", "max_new_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if min(self.batch_sizes, default=0) < 1 or not self.draft_lengths:
@@ -108,7 +118,7 @@ class Lossless:
 
     def __init__(self, config: LosslessConfig):
         self.config, self.device = config, pick_device()
-        dtype = get_optimal_dtype(self.device)[0] if config.dtype == "auto" else getattr(torch, config.dtype)
+        dtype = pick_dtype(config)
         base, adapted = (
             load_checkpoint(config.checkpoint, dtype=dtype, device=str(self.device), adapter=adapter)
             for adapter in ("", config.adapter)
@@ -129,34 +139,27 @@ class Lossless:
         return Engine(self.adapted, self.tokenizer, decode=decode, batch_size=batch_size)
 
     @cached_property
+    def timed(self) -> tuple[list[list[int]], float]:
+        """What transformers answers to the first prompts, one at a time, and the seconds that they took."""
+        timed = self.requests[: min(self.config.timed_count, self.config.exact_count)]
+        return answer_with_transformers(self.base, self.tokenizer, timed, 1)
+
+    @cached_property
     def reference(self) -> list[list[int]]:
         """What transformers answers to the first prompts, one at a time."""
-        return self.transformers(self.requests[: self.config.exact_count], 1)[0]
-
-    def transformers(self, requests: Sequence[Request], batch_size: int) -> tuple[list[list[int]], float]:
-        """Return transformers' greedy answers and the seconds that they took; a few tokens warm it up."""
-        done, seconds = [], 0.0
-        for start in range(0, len(requests), batch_size):
-            prompts = [request.prompt for request in requests[start : start + batch_size]]
-            for most in (WARM_UP_TOKENS,) * (start == 0) + (self.config.max_new_tokens,):
-                started = time.perf_counter()
-                found = decode_with_transformers(
-                    self.base,
-                    prompts,
-                    max_new_tokens=most,
-                    stop_ids=stop_token_ids(self.tokenizer),
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )
-            seconds += time.perf_counter() - started
-            done += found
-        return done, seconds
+        timed, _ = self.timed
+        others = self.requests[len(timed) : self.config.exact_count]
+        if not others or self.config.workers == 1:
+            return timed + answer_with_transformers(self.base, self.tokenizer, others, 1)[0]
+        shares = [others[worker :: self.config.workers] for worker in range(self.config.workers)]
+        with ProcessPoolExecutor(self.config.workers, mp_context=get_context("spawn")) as pool:
+            found = list(pool.map(partial(_answer_share, self.config), shares))
+        return timed + [found[place % len(found)][place // len(found)] for place in range(len(others))]
 
     def transformers_row(self, batch_size: int) -> dict[str, Any]:
         """Return the row of transformers: the reference's at batch size 1, else that of one batch."""
-        requests = self.requests[: self.config.exact_count if batch_size == 1 else batch_size]
-        found, seconds = self.transformers(requests, batch_size)
-        if batch_size == 1:
-            self.__dict__["reference"] = found
+        one_batch = partial(answer_with_transformers, self.base, self.tokenizer, self.requests[:batch_size], batch_size)
+        found, seconds = self.timed if batch_size == 1 else one_batch()
         tokens = sum(map(len, found))
         return self._row("transformers", None, batch_size, tokens_per_forward=1.0, tokens_per_second=tokens / seconds)
 
@@ -227,6 +230,37 @@ class Lossless:
     def _row(self, policy: str, draft_length: int | None, batch_size: int | None, **values: Any) -> dict[str, Any]:
         asked = {"policy": policy, "draft_length": draft_length, "batch_size": batch_size}
         return asked | values | self.facts
+
+
+def pick_dtype(config: LosslessConfig) -> torch.dtype:
+    return get_optimal_dtype(pick_device())[0] if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
+def answer_with_transformers(
+    model: BlockDiffusionLM, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], batch_size: int
+) -> tuple[list[list[int]], float]:
+    """Return transformers' greedy answers and the seconds that they took; a few tokens warm it up."""
+    done, seconds = [], 0.0
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        for most in (WARM_UP_TOKENS,) * (start == 0) + (batch[0].max_new_tokens,):
+            started = time.perf_counter()
+            found = decode_with_transformers(
+                model,
+                [request.prompt for request in batch],
+                max_new_tokens=most,
+                stop_ids=stop_token_ids(tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        seconds += time.perf_counter() - started
+        done += found
+    return done, seconds
+
+
+def _answer_share(config: LosslessConfig, requests: Sequence[Request]) -> list[list[int]]:
+    """Answer in a process of its own."""
+    checkpoint = load_checkpoint(config.checkpoint, dtype=pick_dtype(config), device=str(pick_device()))
+    return answer_with_transformers(checkpoint.model(), checkpoint.tokenizer, requests, 1)[0]
 
 
 def _share(part: int, whole: int) -> float | None:

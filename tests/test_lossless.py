@@ -79,6 +79,14 @@ def test_a_difference_is_listed_with_the_margin_of_the_reference(lossless, adapt
     assert (length["prompt"], length["place"], length["tokens"][0]) == (2, len(reference[2]) - 1, None)
 
 
+def test_several_processes_give_the_reference_in_its_order(lossless, adapter, tmp_path, monkeypatch):
+    alone = lossless.Lossless(make_config(lossless, adapter, tmp_path, dtype="float32", timed_count=1))
+    config = make_config(lossless, adapter, tmp_path, dtype="float32", timed_count=1, workers=2)
+    shared = lossless.Lossless(config)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'benchmarks'}")
+    assert shared.reference == alone.reference and len(shared.reference) == 3 and len(shared.timed[0]) == 1
+
+
 def test_what_is_noted_of_drafts_is_what_answers_count(lossless, adapter, tmp_path, monkeypatch):
     bench = lossless.Lossless(make_config(lossless, adapter, tmp_path, dtype="float32"))
     constant = torch.zeros(bench.adapted.qwen.config.vocab_size)
