@@ -4,9 +4,9 @@
 
 The same prompts are answered greedily by transformers' own `generate` (the first ones, one at a time, and a batch), by
 our mode ar, both on the weights without the adapter, and by policy verified at each draft length; 0 is chosen while
-decoding. With `--workers N` so many processes on the same device answer what of transformers is compared and not timed,
-each one prompt at a time as well. Prompts are lines with "question" (GSM8K), "entry_point" (HumanEval) or "prompt",
-asked as evaluation asks.
+decoding. What of transformers is compared and not timed may come from batches (`exact_batch_size`): one at a time it
+takes minutes, and several processes on one GPU take turns. Prompts are lines with "question" (GSM8K), "entry_point"
+(HumanEval) or "prompt", asked as evaluation asks.
 
 Each answer is compared, token by token, with that of transformers. The first difference of each is listed with the
 margin of the reference there: by how much the best of its logits leads the second, in plain layers without a cache.
@@ -18,10 +18,9 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from multiprocessing import get_context
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +66,11 @@ class LosslessConfig:
     count: int = 100
     """Prompts taken, from the first."""
     exact_count: int = 20
-    """Of these, how many transformers answers one at a time: answers are compared with them."""
+    """Of these, how many transformers answers: ours are compared with them."""
     timed_count: int = 20
     """Of those, how many its speed at batch size 1 is taken from."""
-    workers: int = 1
-    """Processes that share the others out; each has the model's weights for itself."""
+    exact_batch_size: int = 1
+    """Prompts that transformers answers together, of those that it is not timed on."""
     max_new_tokens: int = 256
     """Limit on each answer."""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32])
@@ -88,7 +87,7 @@ class LosslessConfig:
     """Folder of the rows."""
 
     def __post_init__(self):
-        for name in ("count", "exact_count", "timed_count", "workers", "max_new_tokens", "repeats"):
+        for name in ("count", "exact_count", "timed_count", "exact_batch_size", "max_new_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if min(self.batch_sizes, default=0) < 1 or not self.draft_lengths:
@@ -118,7 +117,7 @@ class Lossless:
 
     def __init__(self, config: LosslessConfig):
         self.config, self.device = config, pick_device()
-        dtype = pick_dtype(config)
+        dtype = get_optimal_dtype(self.device)[0] if config.dtype == "auto" else getattr(torch, config.dtype)
         base, adapted = (
             load_checkpoint(config.checkpoint, dtype=dtype, device=str(self.device), adapter=adapter)
             for adapter in ("", config.adapter)
@@ -146,15 +145,10 @@ class Lossless:
 
     @cached_property
     def reference(self) -> list[list[int]]:
-        """What transformers answers to the first prompts, one at a time."""
+        """What transformers answers to the first prompts."""
         timed, _ = self.timed
         others = self.requests[len(timed) : self.config.exact_count]
-        if not others or self.config.workers == 1:
-            return timed + answer_with_transformers(self.base, self.tokenizer, others, 1)[0]
-        shares = [others[worker :: self.config.workers] for worker in range(self.config.workers)]
-        with ProcessPoolExecutor(self.config.workers, mp_context=get_context("spawn")) as pool:
-            found = list(pool.map(partial(_answer_share, self.config), shares))
-        return timed + [found[place % len(found)][place // len(found)] for place in range(len(others))]
+        return timed + answer_with_transformers(self.base, self.tokenizer, others, self.config.exact_batch_size)[0]
 
     def transformers_row(self, batch_size: int) -> dict[str, Any]:
         """Return the row of transformers: the reference's at batch size 1, else that of one batch."""
@@ -232,10 +226,6 @@ class Lossless:
         return asked | values | self.facts
 
 
-def pick_dtype(config: LosslessConfig) -> torch.dtype:
-    return get_optimal_dtype(pick_device())[0] if config.dtype == "auto" else getattr(torch, config.dtype)
-
-
 def answer_with_transformers(
     model: BlockDiffusionLM, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], batch_size: int
 ) -> tuple[list[list[int]], float]:
@@ -257,12 +247,6 @@ def answer_with_transformers(
     return done, seconds
 
 
-def _answer_share(config: LosslessConfig, requests: Sequence[Request]) -> list[list[int]]:
-    """Answer in a process of its own."""
-    checkpoint = load_checkpoint(config.checkpoint, dtype=pick_dtype(config), device=str(pick_device()))
-    return answer_with_transformers(checkpoint.model(), checkpoint.tokenizer, requests, 1)[0]
-
-
 def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
@@ -271,13 +255,13 @@ def measure(config: LosslessConfig) -> list[dict[str, Any]]:
     """Measure everything, write the rows, print them as a table, and return them."""
     bench, rows = Lossless(config), []
     for batch_size in sorted(config.batch_sizes, key=lambda size: size != 1):
-        rows.append(bench.transformers_row(batch_size))
-        rows += [bench.engine_row(length, batch_size) for length in (None, *config.draft_lengths)]
-        for row in rows:
-            if row["batch_size"] == batch_size:
-                row |= speed_ups(row, rows)
-                _write(config, row)
-                print(f"{name_of(row)}: {row['tokens_per_second']:,.0f} tokens/s", flush=True)
+        outside, own_ar = bench.transformers_row(batch_size), bench.engine_row(None, batch_size)
+        verified = (bench.engine_row(length, batch_size) for length in config.draft_lengths)
+        for row in chain((outside, own_ar), verified):
+            row |= speed_ups(row, own_ar, outside)
+            _write(config, row)
+            print(f"{name_of(row)}: {row['tokens_per_second']:,.0f} tokens/s", flush=True)
+            rows.append(row)
     accepted = [bench.acceptance_row(length) for length in config.draft_lengths if length]
     for row in accepted:
         _write(config, row)
@@ -296,12 +280,11 @@ def measure(config: LosslessConfig) -> list[dict[str, Any]]:
     return rows + accepted
 
 
-def speed_ups(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def speed_ups(row: dict[str, Any], own_ar: dict[str, Any], outside: dict[str, Any]) -> dict[str, float]:
     """Return how often a row's speed is that of our mode ar and of transformers, at its batch size."""
-    speed = {one["policy"]: one["tokens_per_second"] for one in rows if one["batch_size"] == row["batch_size"]}
     return {
-        "speedup_over_own_ar": row["tokens_per_second"] / speed["ar"],
-        "speedup_over_transformers": row["tokens_per_second"] / speed["transformers"],
+        f"speedup_over_{name}": row["tokens_per_second"] / other["tokens_per_second"]
+        for name, other in (("own_ar", own_ar), ("transformers", outside))
     }
 
 

@@ -79,12 +79,21 @@ def test_a_difference_is_listed_with_the_margin_of_the_reference(lossless, adapt
     assert (length["prompt"], length["place"], length["tokens"][0]) == (2, len(reference[2]) - 1, None)
 
 
-def test_several_processes_give_the_reference_in_its_order(lossless, adapter, tmp_path, monkeypatch):
+def test_batches_give_the_reference_in_its_order(lossless, adapter, tmp_path):
     alone = lossless.Lossless(make_config(lossless, adapter, tmp_path, dtype="float32", timed_count=1))
-    config = make_config(lossless, adapter, tmp_path, dtype="float32", timed_count=1, workers=2)
+    config = make_config(lossless, adapter, tmp_path, dtype="float32", timed_count=1, exact_batch_size=2)
     shared = lossless.Lossless(config)
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'benchmarks'}")
     assert shared.reference == alone.reference and len(shared.reference) == 3 and len(shared.timed[0]) == 1
+
+
+def test_rows_are_there_when_a_later_cell_fails(lossless, adapter, tmp_path, monkeypatch):
+    def fail(self, draft_length):
+        raise RuntimeError("later")
+
+    monkeypatch.setattr(lossless.Lossless, "acceptance_row", fail)
+    with pytest.raises(RuntimeError, match="later"):
+        lossless.measure(make_config(lossless, adapter, tmp_path, dtype="float32"))
+    assert len(list((tmp_path / "rows").iterdir())) == 8
 
 
 def test_what_is_noted_of_drafts_is_what_answers_count(lossless, adapter, tmp_path, monkeypatch):
