@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prompts import read_requests  # beside this file
+from lossless_report import acceptance_table, speed_table  # beside this file
+from prompts import read_requests
 from transformers import PreTrainedTokenizerBase
 
 from fastdllm.checkpoint import load_checkpoint
@@ -49,8 +50,6 @@ from fastdllm.runtime import (
 )
 
 WARM_UP_TOKENS = 8
-COLUMNS = ("policy", "batch", "tokens per forward", "tokens/s", "of own AR", "of transformers", "rows a token")
-COLUMNS += ("equal answers", "largest margin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,17 +265,7 @@ def measure(config: LosslessConfig) -> list[dict[str, Any]]:
     for row in accepted:
         _write(config, row)
     print_differences(rows)
-    print("\n" + markdown([list(COLUMNS), *(table_line(row) for row in rows)]))
-    print(
-        "\n"
-        + markdown(
-            [["drafts", "tokens per forward", "accepted, given those before, by place"]]
-            + [
-                [str(row["draft_length"]), f"{row['tokens_per_forward']:.2f}", _shares(row["accepted_by_place"])]
-                for row in accepted
-            ]
-        )
-    )
+    print("\n" + markdown(speed_table(rows)) + "\n\n" + markdown(acceptance_table(accepted)))
     return rows + accepted
 
 
@@ -306,26 +295,6 @@ def print_differences(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         for one in row.get("differences", []):
             print(f"{name_of(row)}: prompt {one['prompt']} differs at token {one['place']}, margin {one['margin']:.4f}")
-
-
-def table_line(row: dict[str, Any]) -> list[str]:
-    margins = [one["margin"] for one in row.get("differences", [])]
-    length = row["draft_length"]
-    return [
-        row["policy"] if length is None else f"{row['policy']}, {length or 'chosen'} drafts",
-        str(row["batch_size"]),
-        f"{row['tokens_per_forward']:.2f}",
-        f"{row['tokens_per_second']:,.0f}",
-        f"{row['speedup_over_own_ar']:.2f}",
-        f"{row['speedup_over_transformers']:.2f}",
-        f"{row['rows_per_token']:.1f}" if "rows_per_token" in row else "-",
-        f"{row['equal']} of {row['compared']}" if "equal" in row else "-",
-        f"{max(margins):.3f}" if margins else "-",
-    ]
-
-
-def _shares(shares: Sequence[float | None]) -> str:
-    return " ".join("-" if share is None else f"{share:.2f}" for share in shares)
 
 
 if __name__ == "__main__":

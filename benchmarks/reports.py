@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import decode_report  # beside this file
+import lossless_report
 import report
 import reuse_table
 from report import Maker, Part
@@ -98,7 +99,7 @@ def _read(part: Part) -> list[dict]:
     return [json.loads(file.read_text()) for file in part.files()]
 
 
-MAKERS = report.MAKERS | decode_report.MAKERS
+MAKERS = report.MAKERS | decode_report.MAKERS | lossless_report.MAKERS
 MAKERS |= {
     "throughput": Maker(make=throughput, options=frozenset({"rows"})),
     "strategies": Maker(make=strategies, options=frozenset({"rows", "against"})),

@@ -29,7 +29,7 @@ class DecodeConfig:
     fuse_append: bool = False
     """Compute the next block's first denoising step together with the append, on a guess of its first token; a wrong
     guess is computed again, so the tokens stay the same. Pays where rows cost nothing: at small batches."""
-    draft_length: int = 8
+    draft_length: int = 7
     """Policy verified: drafts of a pass, 1 to 64; 0: it and draft_groups are chosen while decoding, from how many are
     accepted and how many requests are decoded together."""
     draft_groups: str = "all"

@@ -7,10 +7,10 @@ from functools import cache
 from typing import NamedTuple
 
 MOST_DRAFTS = 64
-# Milliseconds of a pass by its rows, 1.5B on an H100, context 512 (experiments/02_decode_speed, revision 0b8e6c71bd):
-# a token, a sub-block, two and four blocks of one slot, one of each of eight; no verifying pass was measured. Beyond,
-# a row costs what it does between the last two.
-PASS_COSTS = ((1, 1.67), (8, 1.83), (64, 1.95), (128, 2.48), (256, 3.29))
+# Milliseconds of a verifying pass by its rows, 1.5B with an adapter of rank 64 on an H100, context 512
+# (experiments/04_lossless, revision 3618225f09): without drafts, then 3 with one and four groups, 7, 14 and 15 drafts.
+# Beyond, a row costs what it does between the last two.
+PASS_COSTS = ((1, 1.704), (7, 2.526), (16, 2.575), (64, 2.906), (127, 3.455), (256, 4.754))
 LENGTHS = (3, 7, 15)  # with all groups 16, 64 and 256 rows, which fill the kernels' tiles
 STRIDES = (1, 2, 4)  # a group for each accepted length, for every second one, ...
 FIRST_RATE, FIRST_WEIGHT = 0.75, 20.0  # what is believed before any draft was checked, and how firmly, in drafts
@@ -47,7 +47,7 @@ def parse_plan(draft_length: int, draft_groups: str) -> DraftPlan | None:
     """
     if not 0 <= draft_length <= MOST_DRAFTS:
         raise ValueError(
-            f"decode.draft_length must be 1 to {MOST_DRAFTS}, or 0 to have it chosen, got {draft_length}; try 8."
+            f"decode.draft_length must be 1 to {MOST_DRAFTS}, or 0 to have it chosen, got {draft_length}; try 7."
         )
     if draft_length == 0:
         if draft_groups != "all":

@@ -48,7 +48,7 @@ class HarnessArguments:
     """The number of policies other than threshold; 0: the policy's default."""
     fuse_append: bool = False
     """Compute the next block's first step together with the append."""
-    draft_length: int = 8
+    draft_length: int = 7
     """Policy verified: drafts of a pass; 0: chosen while decoding."""
     draft_groups: str = "all"
     """Policy verified: numbers of accepted drafts for which the next are made: all, or joined by + such as 0+4+8."""

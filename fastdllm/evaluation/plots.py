@@ -27,6 +27,7 @@ AXES = (
 CURVES = (
     ("train/loss", "loss (nats per masked token)"),
     ("train/masked_accuracy", "masked accuracy"),
+    ("train/accepted_length", "right drafts in a row (tokens)"),
     ("throughput/tokens_per_second", "throughput (data tokens/s)"),
 )
 SUBSET_MARKERS = {"first": "^", "middle": "s", "last": "v"}
@@ -141,21 +142,24 @@ def _marker(row: Row) -> str:
 def draw_curves(runs: Mapping[str, str | Path], path: str | Path) -> Path:
     """Draw loss, masked accuracy and throughput of training runs, by label, against document tokens into a PNG.
 
+    Of runs that learn to draft also how many drafts in a row are right.
+
     Args:
         runs: label -> run folder, or a folder with TensorBoard's event file.
     Raises:
         FileNotFoundError: a folder without events.
     """
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    logged = {label: read_scalars(folder) for label, folder in runs.items()}
+    curves = [curve for curve in CURVES if any(curve[0] in scalars for scalars in logged.values())]
+    figure = Figure(figsize=(4 * len(curves), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(CURVES))
-    for label, folder in runs.items():
-        scalars = read_scalars(folder)
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for label, scalars in logged.items():
         tokens = dict(scalars["data/tokens"])
-        for axes, (tag, _) in zip(panels, CURVES, strict=True):
+        for axes, (tag, _) in zip(panels, curves, strict=True):
             points = [(tokens[step] / 1e6, value) for step, value in scalars.get(tag, []) if step in tokens]
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
-    for axes, (_, name) in zip(panels, CURVES, strict=True):
+    for axes, (_, name) in zip(panels, curves, strict=True):
         axes.set(xlabel="document tokens (millions)", ylabel=name)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=7)

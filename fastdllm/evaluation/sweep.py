@@ -32,7 +32,7 @@ USUAL = {
     "threshold": 0.9,
     "policy_parameter": None,
     "fuse_append": False,
-    "draft_length": 8,
+    "draft_length": 7,
     "draft_groups": "all",
     "reuse_mode": "output",
     "active_rows": "all",
@@ -51,7 +51,7 @@ USUAL = {
 }
 # Settings that a digest holds only where they are unusual: it was taken without them before they existed.
 UNHASHED = {"schedule": "fixed", "budget": None, "active_rows": "all", "repeat": 1}
-UNHASHED |= {"draft_length": 8, "draft_groups": "all", "adapter": None}
+UNHASHED |= {"draft_length": 7, "draft_groups": "all", "adapter": None}
 # Settings that rows from before them lack, with what was measured then.
 ADDED = {"policy_parameter": None, "fuse_append": False, **UNHASHED}
 # Settings that are gone and that rows from their time hold, with what all cells of today do.

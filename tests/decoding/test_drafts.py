@@ -9,6 +9,7 @@ import pytest
 from decoding.test_engine import make_model, make_prompts
 from decoding.test_verify import answers, make_engine, make_requests
 from fastdllm.decoding.drafts import (
+    PASS_COSTS,
     PLAIN,
     DraftChooser,
     DraftPlan,
@@ -19,7 +20,7 @@ from fastdllm.decoding.drafts import (
     pass_cost,
 )
 
-ROWS = Path(__file__).parents[2] / "experiments/02_decode_speed/rows"
+ROWS = Path(__file__).parents[2] / "experiments/04_lossless/rows/passes"
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.8, 1.0])
@@ -44,15 +45,14 @@ def test_with_fewer_groups_a_pass_gives_what_a_simulation_does(groups, rate):
 
 
 def test_costs_pass_through_what_was_measured_and_go_on_as_a_line():
-    assert [pass_cost(rows) for rows in (1, 8, 64, 128, 256)] == pytest.approx([1.67, 1.83, 1.95, 2.48, 3.29])
-    assert pass_cost(384) == pytest.approx(4.10)  # 128 rows more cost what the 128 before them do
+    assert [pass_cost(rows) for rows in (1, 64, 256)] == pytest.approx([1.704, 2.906, 4.754])
+    assert pass_cost(385) == pytest.approx(6.053)  # 129 rows more cost what the 129 before them do
 
 
 def test_costs_are_those_of_the_committed_rows():
-    cells = {1: "token-1x1", 8: "sub_block-8x1", 64: "full-64x1", 128: "full-128x1", 256: "full-32x8"}
-    for rows, cell in cells.items():
-        row = json.loads((ROWS / f"qwen2.5-1.5b-{cell}-c512.json").read_text())
-        assert pass_cost(rows) == pytest.approx(row["ms_per_forward"], abs=0.005)
+    for rows, cost in PASS_COSTS:
+        row = json.loads((ROWS / f"qwen2.5-1.5b-verify-{rows}x1-c512.json").read_text())
+        assert row["ms_per_forward"] == pytest.approx(cost, abs=0.0006) and pass_cost(rows) == cost
 
 
 def test_drafts_are_made_where_they_pay_and_fewer_for_more_slots():

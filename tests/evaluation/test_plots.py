@@ -45,6 +45,19 @@ def test_curves_of_two_runs_are_a_png(tmp_path):
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_that_draft_have_a_panel_for_it(tmp_path, monkeypatch):
+    log(tmp_path / "plain", {1: 3.0})
+    log(tmp_path / "drafts", {1: 3.0})
+    with SummaryWriter(tmp_path / "drafts") as writer:
+        writer.add_scalar("train/accepted_length", 2.5, 1)
+    names, set_axes = [], Axes.set
+    monkeypatch.setattr(Axes, "set", lambda axes, **labels: (names.append(labels["ylabel"]), set_axes(axes, **labels)))
+    draw_curves({"plain": tmp_path / "plain"}, tmp_path / "a.png")
+    assert len(names) == 3 and "right drafts in a row (tokens)" not in names
+    draw_curves({"plain": tmp_path / "plain", "drafts": tmp_path / "drafts"}, tmp_path / "b.png")
+    assert len(names) == 7 and "right drafts in a row (tokens)" in names
+
+
 def test_the_frontier_holds_what_nothing_beats_in_both():
     assert pareto([(1, 9), (2, 8), (2, 7), (3, 8), (4, 1), (4, 1)]) == [(1, 9), (3, 8), (4, 1)]
 
