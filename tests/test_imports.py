@@ -32,7 +32,7 @@ DOORS = {
     "evaluate": ("evaluation/metrics/",),
     "nltk": ("evaluation/tasks.py",),
     "jsonargparse": ("cli.py",),
-    "matplotlib": ("evaluation/plots.py",),
+    "matplotlib": ("evaluation/plots.py", "training/unmasking.py"),
     "rich": ("demo/", "evaluation/results.py"),
     "gguf": ("gguf.py",),
     "triton": ("decoding/kernels.py", "decoding/products.py"),
