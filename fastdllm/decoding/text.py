@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdllm.checkpoint import Adaptation, load_checkpoint
 from fastdllm.decoding.engine import DecodeConfig, Engine
+from fastdllm.decoding.pieces import TextPieces
 from fastdllm.decoding.policies import DEFAULT_THRESHOLD, VERIFIED
 from fastdllm.decoding.reuse import ReuseConfig
 from fastdllm.decoding.rows import Request
@@ -42,16 +43,10 @@ class TextGenerator:
     ) -> Iterator[str]:
         """Yield the answer in pieces as they become final; joined they equal what `generate` returns."""
         engine, request = self._prepare(prompt, max_new_tokens, seed, options)
-        tokens, shown = [], ""
-        for piece in engine.stream(request):
-            tokens += [token for token in piece if token not in engine.stop_ids]
-            text = self.tokenizer.decode(tokens, skip_special_tokens=False)
-            if len(text) > len(shown) and not text.endswith("\ufffd"):  # half a character waits for its other tokens
-                yield text[len(shown) :]
-                shown = text
-        text = self.tokenizer.decode(tokens, skip_special_tokens=False)
-        if text != shown:  # the limit cut a character in two
-            yield text[len(shown) :]
+        pieces = TextPieces(self.tokenizer, engine.stop_ids)
+        yield from filter(None, map(pieces.feed, engine.stream(request)))
+        if rest := pieces.finish():  # the limit cut a character in two
+            yield rest
 
     def _prepare(self, prompt, max_new_tokens: int, seed: int, options: dict) -> tuple[Engine, Request]:
         known = {field.name for config in (DecodeConfig, ReuseConfig) for field in dataclasses.fields(config)}
