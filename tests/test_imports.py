@@ -17,7 +17,7 @@ ORDER = (
     ("adapter",),
     ("checkpoint",),
     ("data", "decoding"),
-    ("training", "evaluation"),
+    ("training", "evaluation", "serving"),
     ("demo", "distill"),
     ("__init__", "__main__"),
 )
@@ -26,13 +26,17 @@ DOORS = {
     "deepspeed": ("training/strategies.py",),
     "peft": ("training/lora.py", "adapter.py"),
     "lm_eval": ("evaluation/harness.py", "evaluation/tasks.py", "evaluation/command.py"),
-    "transformers": ("model.py", "checkpoint.py", "data/", "decoding/"),  # decoding: the tokenizer's type alone
+    # decoding, serving: the tokenizer's type alone
+    "transformers": ("model.py", "checkpoint.py", "data/", "decoding/", "serving/"),
     "tokenizers": ("checkpoint.py",),
     "datasets": ("data/", "evaluation/tasks.py", "evaluation/metrics/"),
     "evaluate": ("evaluation/metrics/",),
     "nltk": ("evaluation/tasks.py",),
     "jsonargparse": ("cli.py",),
     "matplotlib": ("evaluation/plots.py", "training/unmasking.py"),
+    "starlette": ("serving/",),
+    "uvicorn": ("serving/",),
+    "pydantic": ("serving/",),
     "rich": ("demo/", "evaluation/results.py"),
     "gguf": ("gguf.py",),
     "triton": ("decoding/kernels.py", "decoding/products.py"),

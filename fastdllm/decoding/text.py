@@ -22,8 +22,16 @@ class TextGenerator:
     ReuseConfig as an option, such as threshold=0.9 or reuse_k=2.
     """
 
-    def __init__(self, model: BlockDiffusionLM, tokenizer: PreTrainedTokenizerBase, mode: str, decode: DecodeConfig):
-        self.model, self.tokenizer, self.mode, self.decode = model, tokenizer, mode, decode
+    def __init__(
+        self,
+        model: BlockDiffusionLM,
+        tokenizer: PreTrainedTokenizerBase,
+        mode: str,
+        decode: DecodeConfig,
+        modes: tuple[str, ...] = ("diffusion", "ar"),
+    ):
+        """Take what answers; `modes` are those that the model has, of which `mode` is used."""
+        self.model, self.tokenizer, self.mode, self.decode, self.modes = model, tokenizer, mode, decode, modes
         self._engine: Engine | None = None  # of the last options: it keeps its slots and CUDA graphs
 
     def generate(
@@ -65,14 +73,19 @@ class TextGenerator:
         if decode.get("policy", "threshold") != "threshold":  # which does not read the remembered threshold
             decode = {"threshold": DEFAULT_THRESHOLD, **decode}
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        ids = chat_prompt(self.tokenizer, messages)
         config = dataclasses.replace(self.decode, **decode)
         engine = self._engine
         if engine is None or engine.is_busy or (engine.decode, engine.reuse) != (config, reuse):
             engine = Engine(self.model, self.tokenizer, mode=self.mode, decode=config, reuse=reuse, batch_size=1)
             self._engine = engine
         return engine, Request(prompt=ids, max_new_tokens=max_new_tokens, seed=seed)
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Return the token ids of a conversation, by the tokenizer's chat template, up to where the answer begins."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def load(source: str, *, device: str = "auto", mode: str = "auto", adapter: str = "") -> TextGenerator:
@@ -99,4 +112,5 @@ def load(source: str, *, device: str = "auto", mode: str = "auto", adapter: str 
         mode = "ar" if adaptation is None else "diffusion"
     remembered = adaptation or Adaptation()
     decode = DecodeConfig(threshold=remembered.threshold, sub_block_size=remembered.sub_block_size)
-    return TextGenerator(checkpoint.model(), checkpoint.tokenizer, mode, decode)
+    modes = ("ar",) if adaptation is None else ("diffusion", "ar")
+    return TextGenerator(checkpoint.model(), checkpoint.tokenizer, mode, decode, modes)
