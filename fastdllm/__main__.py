@@ -98,6 +98,12 @@ def view(arguments: list[str]) -> None:
     main(arguments)
 
 
+def serve(arguments: list[str]) -> None:
+    from fastdllm.serving.command import main
+
+    main(arguments)
+
+
 COMMANDS = {
     "doctor": doctor,
     "export": export,
@@ -106,6 +112,7 @@ COMMANDS = {
     "inspect-data": inspect_data,
     "distill": distill,
     "view": view,
+    "serve": serve,
 }
 
 

@@ -37,6 +37,7 @@ DOORS = {
     "starlette": ("serving/",),
     "uvicorn": ("serving/",),
     "pydantic": ("serving/",),
+    "pydantic_core": ("serving/",),
     "rich": ("demo/", "evaluation/results.py"),
     "gguf": ("gguf.py",),
     "triton": ("decoding/kernels.py", "decoding/products.py"),
