@@ -104,6 +104,12 @@ def chat(arguments: list[str]) -> None:
     main(arguments)
 
 
+def serve(arguments: list[str]) -> None:
+    from fastdllm.serving.command import main
+
+    main(arguments)
+
+
 COMMANDS = {
     "doctor": doctor,
     "export": export,
@@ -113,6 +119,7 @@ COMMANDS = {
     "distill": distill,
     "view": view,
     "chat": chat,
+    "serve": serve,
 }
 
 

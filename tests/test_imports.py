@@ -37,6 +37,7 @@ DOORS = {
     "starlette": ("serving/", "demo/web.py", "demo/chat.py"),
     "uvicorn": ("serving/", "demo/chat.py"),
     "pydantic": ("serving/", "demo/web.py"),
+    "pydantic_core": ("serving/",),
     "rich": ("demo/", "evaluation/results.py"),
     "gguf": ("gguf.py",),
     "triton": ("decoding/kernels.py", "decoding/products.py"),

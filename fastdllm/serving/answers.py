@@ -106,9 +106,9 @@ class Answer:
             with self._changed:
                 self._listeners.remove(listener)
 
-    def begin(self, cached_tokens: int) -> None:
-        """Note that it has its slot."""
-        self.begun, self.cached_tokens = self.begun or time.perf_counter(), cached_tokens
+    def begin(self, now: float, cached_tokens: int) -> None:
+        """Note that it has its slot, unless it had it before."""
+        self.begun, self.cached_tokens = self.begun or now, cached_tokens
 
     def put(self, tokens: list[int], draft: list[int | None]) -> None:
         """Take in the final tokens so far, and the draft behind them."""

@@ -1,5 +1,6 @@
 """One engine at work for a service: the answers that it is filling, round by round."""
 
+import time
 from collections.abc import Callable
 
 from fastdllm.decoding.engine import Engine
@@ -52,17 +53,16 @@ class Lane:
 
     def round(self) -> None:
         """Run one pass of every slot, and hand on what it gave."""
+        started = time.perf_counter()
         try:
             moved = self._session.round()
         except Exception as error:  # whatever it is, it must not end the thread that serves others too
             self.fail(_message(error))
             return
-        for row in self._session.active:
-            if not self.answers[row].begun:
-                self.answers[row].begin(row.cached_tokens)
+        for row in (*self._session.active, *moved):
+            self.answers[row].begin(started, row.cached_tokens)
         for row in moved:
             answer = self.answers[row]
-            answer.begin(row.cached_tokens)
             answer.put(row.tokens, row.draft)
             if row.is_finished:
                 del self.answers[row]

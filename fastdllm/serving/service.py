@@ -25,6 +25,10 @@ class QueueFullError(RuntimeError):
     """Too many requests wait already; ask again in a while."""
 
 
+class TooLongError(ValueError):
+    """Prompt and answer have more tokens than they may."""
+
+
 class Service:
     """Owns the thread that decodes; promises each request the answer that an engine gives it alone.
 
@@ -117,6 +121,11 @@ class Service:
             self._changed.notify_all()
         return answer
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are answered."""
+        return not self._closed
+
     def pieces(self, request: Request) -> TextPieces:
         """Return what turns the final tokens of the request's answer into text that can be shown."""
         return TextPieces(self.tokenizer, self.stop_ids, request.stop_strings)
@@ -183,7 +192,7 @@ class Service:
         if length + request.max_new_tokens > self.max_tokens:
             left = self.max_tokens - length
             way_out = f"ask for at most {left} new ones" if left > 0 else f"shorten the prompt by {1 - left} or more"
-            raise ValueError(
+            raise TooLongError(
                 f"prompt and answer may have {self.max_tokens} tokens together, got {length} + "
                 f"{request.max_new_tokens}; {way_out}."
             )
