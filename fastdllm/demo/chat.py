@@ -1,6 +1,9 @@
 """python -m fastdllm.demo chat --checkpoint PATH: talk to a model in the terminal, or with --web in the browser."""
 
 import dataclasses
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,8 +16,10 @@ from fastdllm.demo.conversation import ChatSettings, Mode, Speaker
 from fastdllm.demo.listening import Listener
 from fastdllm.demo.terminal import TerminalChat, describe, read_line
 from fastdllm.runtime import device_name
+from fastdllm.serving.command import LOOPBACK_NAMES, address, check_extra, listen, run_app
 from fastdllm.serving.service import Service
 
+USUAL_TOKENS = 4096  # of a conversation
 WEB_ALONE = ("port", "batch_size")  # without --web there is one conversation, and no server
 
 
@@ -34,8 +39,9 @@ class ChatConfig:
     """How to begin in mode diffusion: confidence in (0, 1] above which a token is accepted; 0: the checkpoint's own."""
     max_new_tokens: int = 512
     """Limit of an answer, 1 or more tokens."""
-    max_tokens: int = 4096
-    """Limit of a conversation, in tokens: memory for so many is taken for each answer in work."""
+    max_tokens: int = 0
+    """Limit of a conversation, in tokens: memory for so many is taken for each answer in work. 0: 4096, or what the
+    model has positions for."""
     temperature: float = 0.0
     """0 is greedy; above 0 tokens are drawn at this temperature."""
     top_p: float = 0.95
@@ -52,9 +58,11 @@ class ChatConfig:
     """Answers that the page's users get at a time; more wait."""
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "max_tokens", "batch_size"):
+        for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if self.max_tokens < 0:
+            raise ValueError(f"max_tokens must be 0 (chosen) or more, got {self.max_tokens}.")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must be 0 to {2**16 - 1}, got {self.port}.")
         for name in WEB_ALONE:
@@ -71,30 +79,40 @@ def chat(config: ChatConfig) -> None:
     """Load the model and talk until the user leaves.
 
     Raises:
-        ValueError, FileNotFoundError, RuntimeError: what cannot be loaded, or settings that the model does not have.
+        ValueError, FileNotFoundError, RuntimeError: what cannot be loaded, or settings that the model does not have;
+            the extra `serve` is not installed, or the port is taken.
     """
-    console = Console(highlight=False)
+    if not config.web:
+        with _opened(config, batch_size=1) as listener:
+            _talk(config, listener)
+        return
+    check_extra("chat --web")
+    with listen(LOOPBACK_NAMES[0], config.port) as door, _opened(config, config.batch_size) as listener:
+        serve_page(config, listener, door)
+
+
+@contextmanager
+def _opened(config: ChatConfig, batch_size: int) -> Iterator[Listener]:
     generator = load(config.checkpoint, device=config.device, adapter=config.adapter)
+    model, tokenizer = generator.model, generator.tokenizer
+    most = model.qwen.config.max_position_embeddings
+    if config.max_tokens > most:
+        raise ValueError(f"max_tokens must be at most {most}, the positions of this model, got {config.max_tokens}.")
+    limit = config.max_tokens or min(USUAL_TOKENS, most)
     decode = dataclasses.replace(generator.decode, temperature=config.temperature, top_p=config.top_p)
-    limit = min(config.max_tokens, generator.model.qwen.config.max_position_embeddings)
-    speaker = Speaker(generator.model, generator.tokenizer, generator.mode, decode, limit)
+    speaker = Speaker(model, tokenizer, generator.mode, decode, limit)
     speaker.usual = first_settings(speaker, config)
-    with Service(
-        generator.model,
-        generator.tokenizer,
-        mode=generator.mode,
-        decode=decode,
-        batch_size=config.batch_size if config.web else 1,
-        max_tokens=limit,
-    ) as service:
-        listener = Listener(speaker, service, max_new_tokens=config.max_new_tokens, seed=config.seed)
-        if config.web:
-            serve_page(config, speaker, listener)
-            return
-        if console.is_terminal:
-            device = device_name(generator.model.device)
-            console.print(f"{config.checkpoint} on {device}, {describe(speaker.usual)}; /help", markup=False)
-        TerminalChat(speaker, listener, speaker.usual, console=console, read=read_line, system=config.system).run()
+    options = dict(mode=generator.mode, modes=generator.modes, decode=decode)
+    with Service(model, tokenizer, batch_size=batch_size, max_tokens=limit, **options) as service:
+        yield Listener(speaker, service, max_new_tokens=config.max_new_tokens, seed=config.seed)
+
+
+def _talk(config: ChatConfig, listener: Listener) -> None:
+    console, speaker = Console(highlight=False), listener.speaker
+    if console.is_terminal:
+        device = device_name(speaker.model.device)
+        console.print(f"{config.checkpoint} on {device}, {describe(speaker.usual)}; /help", markup=False)
+    TerminalChat(speaker, listener, speaker.usual, console=console, read=read_line, system=config.system).run()
 
 
 def first_settings(speaker: Speaker, config: ChatConfig) -> ChatSettings:
@@ -107,13 +125,13 @@ def first_settings(speaker: Speaker, config: ChatConfig) -> ChatSettings:
     return settings
 
 
-def serve_page(config: ChatConfig, speaker: Speaker, listener: Listener) -> None:
-    """Serve the page on loopback until Ctrl-C."""
-    import uvicorn
-    from starlette.applications import Starlette
-
-    from fastdllm.demo.web import chat_routes, only_here
+def serve_page(config: ChatConfig, listener: Listener, door: socket.socket) -> None:
+    """Serve the page, and OpenAI's clients beside it, until Ctrl-C."""
+    from fastdllm.demo.web import chat_routes
+    from fastdllm.serving.app import AppSettings, make_app
 
     name = Path(config.checkpoint).name
-    app = Starlette(routes=chat_routes(speaker, listener, name=name, system=config.system))
-    uvicorn.run(only_here(app), host="127.0.0.1", port=config.port, log_level="warning")
+    settings = AppSettings(name=name, hosts=LOOPBACK_NAMES, default_new_tokens=config.max_new_tokens)
+    routes = chat_routes(listener.speaker, listener, name=name, system=config.system)
+    print(f"talk to {name} at {address(door)}/ ; Ctrl-C ends it", flush=True)
+    run_app(make_app(listener.service, settings, routes), door)

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fastdllm.decoding.config import DecodeConfig, check_decoding
 from fastdllm.decoding.policies import DEFAULT_THRESHOLD, VERIFIED, check_parameter
 from fastdllm.decoding.reuse import ReuseConfig
 from fastdllm.decoding.rows import Request
+from fastdllm.decoding.text import chat_prompt
 from fastdllm.model import BlockDiffusionLM
 
 Mode = Literal["diffusion", "ar", "verified"]
@@ -89,10 +91,12 @@ class Speaker:
         """Return what asks for the next answer, as long as there is room for.
 
         Raises:
-            ValueError: the conversation fills the limit.
+            ValueError: the conversation fills the limit, or is not one that the model's template takes.
         """
-        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        prompt = self.tokenizer(text, add_special_tokens=False).input_ids
+        try:
+            prompt = chat_prompt(self.tokenizer, list(messages))
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template refuses this conversation: {error}") from None
         room = self.limit - len(prompt)
         if room < 1:
             raise ValueError(

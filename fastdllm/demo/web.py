@@ -6,21 +6,21 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from pydantic import Field, ValidationError
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from fastdllm.demo.conversation import ChatSettings, Mode, Speaker
 from fastdllm.demo.listening import Asked, Listener
-from fastdllm.serving.service import QueueFullError
+from fastdllm.serving.app import as_protocol_error, read_content
+from fastdllm.serving.bodies import Strict
+from fastdllm.serving.errors import ProtocolError
 
 TEMPLATE = Path(__file__).with_name("chat.html")
 SLOT = "FACTS_JSON"
-LOOPBACK = ["127.0.0.1", "localhost"]
-MOST_BYTES = 2**20  # of a question: a conversation of a model's whole context is far smaller
+MOST_BYTES = 2**20  # of a question
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -33,36 +33,28 @@ HEADERS = {
 }
 
 
-class Turn(BaseModel):
+class Turn(Strict):
     """A message of the conversation."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class Wanted(BaseModel):
+class Wanted(Strict):
     """Settings of the next answer; what is left out is as usual."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     mode: Mode | None = None
     threshold: float | None = None
     reuse_k: int | None = None
     subset: str | None = None
 
 
-class Question(BaseModel):
+class Question(Strict):
     """What the page asks."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     messages: list[Turn] = Field(min_length=1)
     settings: Wanted = Wanted()
     max_new_tokens: int | None = Field(default=None, ge=1)
-
-
-def only_here(app: ASGIApp) -> ASGIApp:
-    """Return the application for requests that name this machine: a name of another site that leads here is refused."""
-    return TrustedHostMiddleware(app, allowed_hosts=LOOPBACK, www_redirect=False)
 
 
 def chat_routes(speaker: Speaker, listener: Listener, *, name: str, system: str) -> list[BaseRoute]:
@@ -73,19 +65,15 @@ def chat_routes(speaker: Speaker, listener: Listener, *, name: str, system: str)
         return HTMLResponse(content, headers=HEADERS)
 
     async def answer(request: Request) -> Response:
+        question = await _question(request)
         try:
-            question = await _question(request)
             asked = listener.ask(
                 [turn.model_dump() for turn in question.messages],
                 dataclasses.replace(speaker.usual, **question.settings.model_dump(exclude_none=True)),
                 question.max_new_tokens,
             )
-        except ValueError as error:
-            return _refusal(400, str(error))
-        except QueueFullError as error:
-            return _refusal(429, str(error))
-        except RuntimeError as error:  # the service has ended
-            return _refusal(503, str(error))
+        except (ValueError, RuntimeError) as error:
+            raise as_protocol_error(error) from None
         return AnswerResponse(asked)
 
     return [Route("/", show), Route("/chat", answer, methods=["POST"])]
@@ -121,23 +109,14 @@ def page(known: dict) -> str:
 
 
 async def _question(request: Request) -> Question:
-    """Return the question in the body; ValueError says what is wrong with it.
-
-    Another site's page can send a body without asking first, but not one that says it is JSON.
-    """
-    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-        raise ValueError("content-type must be application/json.")
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MOST_BYTES:
-            raise ValueError(f"a question may have {MOST_BYTES:,} bytes at most; begin a new conversation.")
+    """Return the question in the body; ProtocolError says what is wrong with it."""
+    content = await read_content(request, MOST_BYTES)
     try:
-        return Question.model_validate_json(bytes(body))
+        return Question.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the question"
-        raise ValueError(f"{where}: {first['msg']}.") from None
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ProtocolError(400, f"{where or 'the question'}: {first['msg']}.", param=where or None) from None
 
 
 class AnswerResponse(StreamingResponse):
@@ -160,8 +139,3 @@ async def _lines(asked: Asked) -> AsyncIterator[str]:
         yield json.dumps({"end": asked.end, "cost": asked.cost._asdict()}) + "\n"
     except (RuntimeError, ValueError) as error:
         yield json.dumps({"error": str(error)}) + "\n"
-
-
-def _refusal(status: int, message: str) -> Response:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": error}, status, headers=HEADERS)

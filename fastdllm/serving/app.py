@@ -203,7 +203,7 @@ class _Endpoints:
         except (ValueError, RuntimeError) as error:
             for answer in answers:
                 answer.cancel()
-            raise _as_protocol_error(error) from None
+            raise as_protocol_error(error) from None
         return answers
 
     def _limit(self, body: Body, prompt: list[int]) -> int:
@@ -261,7 +261,8 @@ async def read_content(request: HttpRequest, max_bytes: int) -> bytes:
     return bytes(content)
 
 
-def _as_protocol_error(error: Exception) -> ProtocolError:
+def as_protocol_error(error: ValueError | RuntimeError) -> ProtocolError:
+    """Return what a client is told of a request that the service did not take."""
     if isinstance(error, QueueFullError):
         return ProtocolError(429, str(error), code="queue_full")
     if isinstance(error, TooLongError):

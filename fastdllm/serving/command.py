@@ -1,11 +1,17 @@
 """python -m fastdllm serve --checkpoint PATH: an OpenAI-compatible server of one model."""
 
+import contextlib
 import ipaddress
 import socket
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastdllm.cli import run
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")  # in a URL
 
@@ -95,19 +101,31 @@ def serve(config: ServeConfig) -> None:
         RuntimeError: the extra `serve` is not installed, or the port is taken. ValueError: options that do not fit the
             checkpoint.
     """
-    try:
-        import uvicorn
+    check_extra("serve")
+    from fastdllm.serving.app import make_app
 
-        from fastdllm.serving.app import make_app
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f'serve needs {error.name}, which is absent; it comes with the extra: pip install -e ".[serve]".'
-        ) from None
-    listener = _listen(config.host, config.port)
+    listener = listen(config.host, config.port)
     with listener, make_service(config) as service:
         settings = app_settings(config)
-        print(f"serving {settings.name} ({service.mode}) at {_address(listener)}/v1; Ctrl-C ends it", flush=True)
-        options = uvicorn.Config(make_app(service, settings), log_level="warning", timeout_graceful_shutdown=5)
+        print(f"serving {settings.name} ({service.mode}) at {address(listener)}/v1; Ctrl-C ends it", flush=True)
+        run_app(make_app(service, settings), listener)
+
+
+def check_extra(program: str) -> None:
+    """Raise a RuntimeError if a library of the extra `serve`, which the program needs, is not installed."""
+    for library in ("starlette", "uvicorn", "pydantic"):
+        if find_spec(library) is None:
+            raise RuntimeError(
+                f'{program} needs {library}, which is absent; it comes with the extra: pip install -e ".[serve]".'
+            )
+
+
+def run_app(app: "ASGIApp", listener: socket.socket) -> None:
+    """Answer requests to the application until Ctrl-C or SIGTERM; what is being answered then has five seconds."""
+    import uvicorn
+
+    options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+    with contextlib.suppress(KeyboardInterrupt):  # sent on when all is shut down
         uvicorn.Server(options).run(sockets=[listener])
 
 
@@ -159,7 +177,7 @@ def app_settings(config: ServeConfig):
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens; bound before the model is loaded, so that a taken port is said at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -171,6 +189,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _address(listener: socket.socket) -> str:
+def address(listener: socket.socket) -> str:
+    """Return the URL of what listens."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

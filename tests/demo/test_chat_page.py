@@ -10,12 +10,13 @@ from queue import Queue
 import pytest
 import uvicorn
 from browsing import contrast, find, press, until
-from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from fastdllm.demo import web
 from fastdllm.demo.conversation import Cost, Moment
-from fastdllm.demo.web import chat_routes, only_here, page
+from fastdllm.demo.web import chat_routes, page
+from fastdllm.serving.app import AppSettings, make_app
+from fastdllm.serving.command import LOOPBACK_NAMES
 from fastdllm.serving.service import QueueFullError
 
 from .test_chat import make_speaker
@@ -77,10 +78,11 @@ class Questions:
         return self.asked[number]
 
 
-def make_app(tokenizer, system="", **options):
+def open_page(tokenizer, system="", **options):
     speaker = make_speaker(tokenizer, **options)
     questions = Questions(speaker)
-    return questions, only_here(Starlette(routes=chat_routes(speaker, questions, name=f"tiny {EVIL}", system=system)))
+    routes = chat_routes(speaker, questions, name=f"tiny {EVIL}", system=system)
+    return questions, make_app(None, AppSettings(name="tiny", hosts=LOOPBACK_NAMES), routes)
 
 
 def client_of(app):
@@ -104,11 +106,10 @@ QUESTION = {"messages": [{"role": "user", "content": "hi"}]}
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"colour": "red"}, "colour"),
         ({"messages": [{"role": "user", "content": "x" * 500}]}, "leaves no room for an answer"),
-        ({"messages": [{"role": "user", "content": "x" * 2**20}]}, "1,048,576 bytes at most"),
     ],
 )
 def test_a_wrong_question_is_refused_with_the_reason(byte_tokenizer, change, message):
-    questions, app = make_app(byte_tokenizer)
+    questions, app = open_page(byte_tokenizer)
     answer = client_of(app).post("/chat", json=QUESTION | change)
     assert answer.status_code == 400 and message in answer.json()["error"]["message"]
     assert not questions.asked
@@ -119,7 +120,7 @@ def test_a_wrong_question_is_refused_with_the_reason(byte_tokenizer, change, mes
     [(QueueFullError("9 wait."), 429), (RuntimeError("the service is closed."), 503)],
 )
 def test_a_service_that_takes_no_more_says_so(byte_tokenizer, error, status):
-    questions, app = make_app(byte_tokenizer)
+    questions, app = open_page(byte_tokenizer)
 
     def refuse(*_):
         raise error
@@ -129,22 +130,28 @@ def test_a_service_that_takes_no_more_says_so(byte_tokenizer, error, status):
     assert answer.status_code == status and answer.json()["error"]["message"] == str(error)
 
 
+def test_a_question_that_is_too_large_is_not_read(byte_tokenizer):
+    question = {"messages": [{"role": "user", "content": "x" * 2**20}]}
+    answer = client_of(open_page(byte_tokenizer)[1]).post("/chat", json=question)
+    assert answer.status_code == 413 and "1,048,576 bytes" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"null"])
 def test_what_is_no_question_is_refused(byte_tokenizer, body):
-    client = client_of(make_app(byte_tokenizer)[1])
+    client = client_of(open_page(byte_tokenizer)[1])
     answer = client.post("/chat", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
 def test_another_site_s_page_gets_nothing(byte_tokenizer):
     """Neither by a form, which cannot send JSON, nor by a name of its own that leads here."""
-    client = client_of(make_app(byte_tokenizer)[1])
+    client = client_of(open_page(byte_tokenizer)[1])
     body = json.dumps(QUESTION)
     answer = client.post("/chat", content=body, headers={"content-type": "text/plain"})
-    assert answer.status_code == 400 and "application/json" in answer.json()["error"]["message"]
+    assert answer.status_code == 415 and "application/json" in answer.json()["error"]["message"]
     for name in ("evil.example", "127.0.0.1.evil.example:8000", "localhost.evil.example"):
-        assert client.get("/", headers={"host": name}).status_code == 400
-        assert client.post("/chat", json=QUESTION, headers={"host": name}).status_code == 400
+        assert client.get("/", headers={"host": name}).status_code == 421
+        assert client.post("/chat", json=QUESTION, headers={"host": name}).status_code == 421
     assert client.get("/", headers={"host": "localhost:8000"}).status_code == 200
     policy = client.get("/").headers["content-security-policy"]
     assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "connect-src 'self'" in policy
@@ -184,7 +191,7 @@ class Server(uvicorn.Server):
 @pytest.fixture
 def talk(driver, byte_tokenizer):
     """The page, opened, and the questions that it asks; it must end without a message on the console."""
-    questions, app = make_app(byte_tokenizer, system="Be brief.", context="causal")
+    questions, app = open_page(byte_tokenizer, system="Be brief.", context="causal")
     driver.set_window_size(1000, 800)
     with Server(app).running() as address:
         driver.get(address)
@@ -312,7 +319,7 @@ def test_settings_go_with_the_question_and_wrong_ones_are_answered_with_the_reas
 
 
 def test_a_server_that_is_gone_is_said_and_the_message_stays(driver, byte_tokenizer):
-    questions, app = make_app(byte_tokenizer)
+    questions, app = open_page(byte_tokenizer)
     with Server(app).running() as address:
         driver.get(address)
         ask(driver, "one")

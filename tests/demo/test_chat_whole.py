@@ -5,18 +5,20 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import httpx2
 import pytest
 from browsing import find, until
 from rich.console import Console
-from starlette.applications import Starlette
 
 from fastdllm.decoding.engine import Engine
 from fastdllm.decoding.text import load
@@ -25,7 +27,10 @@ from fastdllm.demo.chat import ChatConfig, chat
 from fastdllm.demo.conversation import Speaker
 from fastdllm.demo.listening import Listener
 from fastdllm.demo.terminal import TerminalChat
-from fastdllm.demo.web import chat_routes, only_here
+from fastdllm.demo.web import chat_routes
+from fastdllm.serving import command as command_module
+from fastdllm.serving.app import AppSettings, make_app
+from fastdllm.serving.command import LOOPBACK_NAMES
 from fastdllm.serving.service import Service
 
 from .test_chat_page import Server, ask, cards, shown
@@ -47,6 +52,11 @@ def listener(generator):
     speaker = Speaker(model, tokenizer, "diffusion", decode, limit)
     with Service(model, tokenizer, decode=decode, batch_size=2, max_tokens=limit) as service:
         yield Listener(speaker, service, max_new_tokens=120)
+
+
+def app_of(listener):
+    routes = chat_routes(listener.speaker, listener, name="tiny-adapted", system="")
+    return make_app(listener.service, AppSettings(name="tiny-adapted", hosts=LOOPBACK_NAMES), routes)
 
 
 def hear(listener, messages, settings=None):
@@ -117,7 +127,7 @@ def test_the_mask_token_in_a_question_is_refused_and_the_chat_goes_on(listener):
 
 
 def test_many_users_at_once_get_their_own_answers_on_the_page_s_routes(generator, listener):
-    routes = chat_routes(listener.speaker, listener, name="tiny", system="")
+    app = app_of(listener)
     numbers = range(3, 15)
 
     def question(number):
@@ -129,10 +139,8 @@ def test_many_users_at_once_get_their_own_answers_on_the_page_s_routes(generator
         return "".join(line.get("text", "") for line in lines), lines[-1]
 
     async def everyone():
-        import httpx
-
-        transport = httpx.ASGITransport(app=Starlette(routes=routes))
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        transport = httpx2.ASGITransport(app=app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
             return await asyncio.gather(*(talk(client, number) for number in numbers))
 
     answers = asyncio.run(everyone())
@@ -146,6 +154,7 @@ def test_many_users_at_once_get_their_own_answers_on_the_page_s_routes(generator
     [
         ({"port": 9000}, "port does nothing in the terminal, got 9000; add --web."),
         ({"batch_size": 2}, "batch_size does nothing in the terminal"),
+        ({"max_tokens": 2000}, "max_tokens must be at most 1024, the positions of this model, got 2000"),
         ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),
         ({"port": 70000, "web": True}, "port must be 0 to 65535, got 70000"),
         ({"mode": "ar", "threshold": 0.5}, "threshold has no effect in mode ar, got 0.5"),
@@ -218,7 +227,7 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_not_the_chat():
 
 def test_the_page_talks_to_the_model_and_a_closed_tab_frees_the_slot(driver, listener):
     listener.speaker.usual = replace(listener.speaker.usual, threshold=1.0)
-    app = only_here(Starlette(routes=chat_routes(listener.speaker, listener, name="tiny-adapted", system="")))
+    app = app_of(listener)
     with Server(app).running() as address:
         driver.get(address)
         driver.execute_script("sessionStorage.clear()")
@@ -232,3 +241,35 @@ def test_the_page_talks_to_the_model_and_a_closed_tab_frees_the_slot(driver, lis
         driver.get("about:blank")
         assert until(lambda: listener.service.counts()["running"] == 0)
         assert listener.service.counts()["ended"] == 2
+
+
+@pytest.mark.slow
+def test_the_page_is_served_beside_openai_s_protocol_until_ctrl_c():
+    command = [sys.executable, "-m", "fastdllm.demo", "chat", "--checkpoint", MODEL, "--device", "cpu", "--web"]
+    program = subprocess.Popen(
+        [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        address = re.search(r"http://127\.0\.0\.1:\d+", program.stdout.readline())[0]
+        assert "<title>Chat</title>" in httpx2.get(address).text
+        lines = httpx2.post(f"{address}/chat", json={"messages": [user(PROBLEM)]}).text.splitlines()
+        assert json.loads(lines[-1])["end"] == "stop" and any("#### 15" in line or "15" in line for line in lines)
+        body = {"messages": [user(PROBLEM)]}
+        answer = httpx2.post(f"{address}/v1/chat/completions", json=body).json()
+        assert answer["choices"][0]["message"]["content"].endswith("#### 15")
+        program.send_signal(signal.SIGINT)
+        _, errors = program.communicate(timeout=30)
+        assert program.returncode == 0 and errors == ""
+    finally:
+        program.kill()
+
+
+def test_what_keeps_the_page_from_being_served_is_said_before_the_model_is_loaded(monkeypatch):
+    config = ChatConfig(checkpoint="nowhere", web=True, port=0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(RuntimeError, match=f"cannot listen at 127.0.0.1, port {port}: .* try another --port"):
+            chat(replace(config, port=port))
+    monkeypatch.setattr(command_module, "find_spec", lambda name: None if name == "uvicorn" else object())
+    with pytest.raises(RuntimeError, match=r'chat --web needs uvicorn, .* pip install -e "\.\[serve\]"'):
+        chat(config)
