@@ -32,6 +32,7 @@ COMMANDS = {
 }
 FRAMES = 12  # a second
 FINAL_END = "▏"  # what stands left of it is final
+DRAFT = "italic underline cyan"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -165,10 +166,9 @@ class TerminalChat:
                     for moment in answer:
                         said += moment.text
                         show(moment)
-                    note = self._note(answer.cost, answer.end)
+                    note, is_kept = self._note(answer.cost, answer.end), True
                 except KeyboardInterrupt:
-                    note = "stopped"
-                is_kept = bool(said)
+                    note, is_kept = "stopped", bool(said)
         finally:
             self.messages = [*self.messages, {"role": "assistant", "content": said}] if is_kept else self.messages[:-1]
         self._say(note)
@@ -183,13 +183,13 @@ class TerminalChat:
     @contextmanager
     def _screen(self) -> Iterator[Callable[[Moment], None]]:
         """Yield what shows each moment of an answer: live on a terminal, else plain lines when it has ended."""
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.console.is_dumb_terminal:
             pieces: list[str] = []
             try:
                 yield lambda moment: pieces.append(moment.text)
             finally:
                 if pieces:
-                    self.console.print(Text("".join(pieces)), soft_wrap=True)
+                    print("".join(pieces), file=self.console.file, flush=True)  # as it is, to the letter
             return
         options = dict(transient=True, auto_refresh=self.frames > 0, refresh_per_second=self.frames or 1)
         with Live(console=self.console, vertical_overflow="crop", **options) as live:
@@ -237,9 +237,6 @@ def paint(final: str, draft: list[str | None]) -> Text:
     return text
 
 
-DRAFT = "italic underline cyan"
-
-
 def visible(text: str) -> str:
     """Return the text with control characters, which could command the terminal, as pictures of them."""
     return CONTROL.sub(lambda match: chr(0x2400 + ord(match[0])) if match[0] < " " else "\ufffd", text)
@@ -266,7 +263,7 @@ def read_line(prompt: str) -> str:
         with suppress(ImportError):  # lines that can be edited and called back, where Python has it
             import readline  # noqa: F401
         return input(prompt)
-    line = sys.stdin.readline()
+    line = sys.stdin.buffer.readline()
     if not line:
         raise EOFError
-    return line.rstrip("\n")
+    return line.decode(errors="replace").rstrip("\r\n")

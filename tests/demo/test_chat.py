@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fastdllm.decoding.config import DecodeConfig
 from fastdllm.demo.conversation import ChatSettings, Cost, Moment, Speaker
-from fastdllm.demo.terminal import TerminalChat, describe, paint
+from fastdllm.demo.terminal import TerminalChat, describe, paint, read_line
 from fastdllm.model import BlockDiffusionLM
 
 MASK, STOP = 259, 258  # of the byte tokenizer
@@ -256,6 +256,24 @@ def test_new_system_and_save(byte_tokenizer, tmp_path):
     ]
     assert [json.loads(line) for line in file.read_text().splitlines()] == [{"messages": [told, *two]}]
     assert f"error: {file} is there already; name another file." in written
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(byte_tokenizer):
+    moments = [Moment("a\nb", ["c", None]), Moment("c", [])]
+    written, _, _ = chat(byte_tokenizer, ["go"], moments, is_terminal=True, _environ={"TERM": "dumb"})
+    assert written.startswith("a\nbc\n") and "░" not in written and "\x1b" not in written
+
+
+def test_lines_of_a_pipe_are_read_whatever_their_bytes(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\r\n\nlast")))
+    assert [read_line("> ") for _ in range(3)] == ["caf\ufffd", "", "last"]
+    with pytest.raises(EOFError):
+        read_line("> ")
+
+
+def test_an_empty_answer_is_an_answer(byte_tokenizer):
+    _, service, _ = chat(byte_tokenizer, ["one", "two"], said(""), said("2"))
+    assert [message["content"] for message in service.asked[1][0]] == ["one", "", "two"]
 
 
 def test_help_names_every_command_and_a_cut_answer_says_so(byte_tokenizer):

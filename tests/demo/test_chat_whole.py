@@ -20,6 +20,8 @@ import pytest
 from browsing import find, until
 from rich.console import Console
 
+from fastdllm.adapter import AdapterSettings, add_adapter, save_adapter
+from fastdllm.checkpoint import load_checkpoint
 from fastdllm.decoding.engine import Engine
 from fastdllm.decoding.text import load
 from fastdllm.demo import chat as chat_module
@@ -273,3 +275,18 @@ def test_what_keeps_the_page_from_being_served_is_said_before_the_model_is_loade
     monkeypatch.setattr(command_module, "find_spec", lambda name: None if name == "uvicorn" else object())
     with pytest.raises(RuntimeError, match=r'chat --web needs uvicorn, .* pip install -e "\.\[serve\]"'):
         chat(config)
+
+
+def test_an_adapter_s_drafts_are_verified_and_the_answer_is_that_of_mode_ar(tmp_path, monkeypatch, capsys):
+    plain = str(ROOT / "data/tiny")
+    model = load_checkpoint(plain).model()
+    add_adapter(model, AdapterSettings(rank=2), seed=0)
+    save_adapter(model, tmp_path / "drafts", base="tiny")
+    lines = iter(["/diffusion", PROBLEM, "/new", "/ar", PROBLEM, "/verified", "/threshold 0.5", "/quit"])
+    monkeypatch.setattr(chat_module, "read_line", lambda _: next(lines))
+    chat(ChatConfig(checkpoint=plain, adapter=str(tmp_path / "drafts"), device="cpu"))
+    written = capsys.readouterr().out
+    assert "error: the adapter drafts for mode verified alone" in written.replace("\n", " ")
+    answers = re.findall(r"Tom .*\n#### 15\n(.*)\n", written)
+    assert len(answers) == 2 and len(set(re.findall(r"Tom .*\n#### 15\n", written))) == 1
+    assert "drafts, verified token by token\nerror: a threshold has no effect in mode verified" in written
