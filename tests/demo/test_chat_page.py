@@ -62,6 +62,7 @@ class Questions:
     """A listener that keeps what it is asked, until the test answers."""
 
     max_new_tokens = 64
+    is_quick = False  # whether each answer ends at once
 
     def __init__(self, speaker):
         self.speaker, self.asked = speaker, []
@@ -70,6 +71,8 @@ class Questions:
         self.speaker.check(settings)
         self.speaker.request(messages, settings, 1, 0)
         self.asked.append(Asked(messages, settings, max_new_tokens))
+        if self.is_quick:
+            self.asked[-1].moments.put(None)
         return self.asked[-1]
 
     def next(self, number):
@@ -141,6 +144,41 @@ def test_what_is_no_question_is_refused(byte_tokenizer, body):
     client = client_of(open_page(byte_tokenizer)[1])
     answer = client.post("/chat", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+def bodies():
+    """Questions with something odd in any place, and JSON of any kind."""
+    from hypothesis import strategies as st
+
+    plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    anything = st.recursive(plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner))
+    number, word = st.one_of(plain, st.just(2)), st.one_of(plain, st.sampled_from(["user", "middle", "diffusion"]))
+    turn = st.fixed_dictionaries({"role": word, "content": plain})
+    wanted = st.fixed_dictionaries({}, optional=dict(mode=word, threshold=plain, reuse_k=number, subset=word))
+    question = st.fixed_dictionaries(
+        {"messages": st.lists(turn, max_size=3)}, optional=dict(settings=wanted, max_new_tokens=number)
+    )
+    return question | anything
+
+
+def test_no_question_is_the_server_s_fault(byte_tokenizer):
+    from hypothesis import given, settings
+
+    questions, app = open_page(byte_tokenizer)
+    client = client_of(app)
+    seen = set()
+
+    @settings(max_examples=150, deadline=None, database=None, derandomize=True)
+    @given(body=bodies())
+    def ask_anything(body):
+        questions.is_quick = True
+        content = json.dumps(body)
+        status = client.post("/chat", content=content, headers={"content-type": "application/json"}).status_code
+        assert status in (200, 400)
+        seen.add(status)
+
+    ask_anything()
+    assert seen == {200, 400}
 
 
 def test_another_site_s_page_gets_nothing(byte_tokenizer):
