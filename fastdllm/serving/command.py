@@ -103,9 +103,8 @@ def serve(config: ServeConfig) -> None:
         raise RuntimeError(
             f'serve needs {error.name}, which is absent; it comes with the extra: pip install -e ".[serve]".'
         ) from None
-    listener = _listen(config.host, config.port)
+    settings, listener = app_settings(config), _listen(config.host, config.port)
     with listener, make_service(config) as service:
-        settings = app_settings(config)
         print(f"serving {settings.name} ({service.mode}) at {_address(listener)}/v1; Ctrl-C ends it", flush=True)
         options = uvicorn.Config(make_app(service, settings), log_level="warning", timeout_graceful_shutdown=5)
         uvicorn.Server(options).run(sockets=[listener])
@@ -145,9 +144,11 @@ def app_settings(config: ServeConfig):
     """Return the application's part of the options."""
     from fastdllm.serving.app import AppSettings
 
-    key = config.api_key
+    key, file = config.api_key, Path(config.api_key_file)
     if config.api_key_file:
-        key = Path(config.api_key_file).read_text().split("\n", 1)[0].strip()
+        if not file.is_file():
+            raise FileNotFoundError(f"api_key_file {file}: no such file; its first line is the API key.")
+        key = file.read_text().split("\n", 1)[0].strip()
         if not key:
             raise ValueError(f"{config.api_key_file} must hold the API key in its first line, which is empty.")
     return AppSettings(
