@@ -104,9 +104,8 @@ def serve(config: ServeConfig) -> None:
     check_extra("serve")
     from fastdllm.serving.app import make_app
 
-    listener = listen(config.host, config.port)
+    settings, listener = app_settings(config), listen(config.host, config.port)
     with listener, make_service(config) as service:
-        settings = app_settings(config)
         print(f"serving {settings.name} ({service.mode}) at {address(listener)}/v1; Ctrl-C ends it", flush=True)
         run_app(make_app(service, settings), listener)
 
@@ -163,9 +162,11 @@ def app_settings(config: ServeConfig):
     """Return the application's part of the options."""
     from fastdllm.serving.app import AppSettings
 
-    key = config.api_key
+    key, file = config.api_key, Path(config.api_key_file)
     if config.api_key_file:
-        key = Path(config.api_key_file).read_text().split("\n", 1)[0].strip()
+        if not file.is_file():
+            raise FileNotFoundError(f"api_key_file {file}: no such file; its first line is the API key.")
+        key = file.read_text().split("\n", 1)[0].strip()
         if not key:
             raise ValueError(f"{config.api_key_file} must hold the API key in its first line, which is empty.")
     return AppSettings(

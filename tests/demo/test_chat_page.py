@@ -2,14 +2,12 @@
 
 import asyncio
 import json
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import Queue
 
 import pytest
-import uvicorn
 from browsing import contrast, find, press, until
+from serving.live import running
 from starlette.testclient import TestClient
 
 from fastdllm.demo import web
@@ -153,7 +151,8 @@ def bodies():
     plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
     anything = st.recursive(plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner))
     number, word = st.one_of(plain, st.just(2)), st.one_of(plain, st.sampled_from(["user", "middle", "diffusion"]))
-    turn = st.fixed_dictionaries({"role": word, "content": plain})
+    role = st.sampled_from(["user", "assistant", "system", "tool"])
+    turn = st.fixed_dictionaries({"role": role | plain, "content": st.text(max_size=9) | plain})
     wanted = st.fixed_dictionaries({}, optional=dict(mode=word, threshold=plain, reuse_k=number, subset=word))
     question = st.fixed_dictionaries(
         {"messages": st.lists(turn, max_size=3)}, optional=dict(settings=wanted, max_new_tokens=number)
@@ -162,7 +161,7 @@ def bodies():
 
 
 def test_no_question_is_the_server_s_fault(byte_tokenizer):
-    from hypothesis import given, settings
+    from hypothesis import example, given, settings
 
     questions, app = open_page(byte_tokenizer)
     client = client_of(app)
@@ -170,6 +169,8 @@ def test_no_question_is_the_server_s_fault(byte_tokenizer):
 
     @settings(max_examples=150, deadline=None, database=None, derandomize=True)
     @given(body=bodies())
+    @example(body=QUESTION)
+    @example(body=QUESTION | {"settings": {"reuse_k": 2, "subset": "middle"}, "max_new_tokens": 10**40})
     def ask_anything(body):
         questions.is_quick = True
         content = json.dumps(body)
@@ -203,35 +204,12 @@ def test_the_page_fetches_nothing_and_no_fact_ends_the_script():
         assert word not in source
 
 
-class Server(uvicorn.Server):
-    """Answers on a port of loopback, in a thread."""
-
-    def __init__(self, app):
-        super().__init__(
-            uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1)
-        )
-        self.thread = threading.Thread(target=self.run, daemon=True)
-
-    def install_signal_handlers(self):
-        pass
-
-    @contextmanager
-    def running(self):
-        self.thread.start()
-        assert until(lambda: self.started)
-        try:
-            yield f"http://127.0.0.1:{self.servers[0].sockets[0].getsockname()[1]}"
-        finally:
-            self.should_exit = True
-            self.thread.join()
-
-
 @pytest.fixture
 def talk(driver, byte_tokenizer):
     """The page, opened, and the questions that it asks; it must end without a message on the console."""
     questions, app = open_page(byte_tokenizer, system="Be brief.", context="causal")
     driver.set_window_size(1000, 800)
-    with Server(app).running() as address:
+    with running(app) as address:
         driver.get(address)
         driver.get_log("browser")  # what a page before it left
         yield driver, questions
@@ -358,7 +336,7 @@ def test_settings_go_with_the_question_and_wrong_ones_are_answered_with_the_reas
 
 def test_a_server_that_is_gone_is_said_and_the_message_stays(driver, byte_tokenizer):
     questions, app = open_page(byte_tokenizer)
-    with Server(app).running() as address:
+    with running(app) as address:
         driver.get(address)
         ask(driver, "one")
         questions.next(0).say("so far")

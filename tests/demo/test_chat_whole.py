@@ -19,6 +19,7 @@ import httpx2
 import pytest
 from browsing import find, until
 from rich.console import Console
+from serving.live import running
 
 from fastdllm.adapter import AdapterSettings, add_adapter, save_adapter
 from fastdllm.checkpoint import load_checkpoint
@@ -35,7 +36,7 @@ from fastdllm.serving.app import AppSettings, make_app
 from fastdllm.serving.command import LOOPBACK_NAMES
 from fastdllm.serving.service import Service
 
-from .test_chat_page import Server, ask, cards, shown
+from .test_chat_page import ask, cards, shown
 
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "data/tiny-adapted")
@@ -230,7 +231,7 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_not_the_chat():
 def test_the_page_talks_to_the_model_and_a_closed_tab_frees_the_slot(driver, listener):
     listener.speaker.usual = replace(listener.speaker.usual, threshold=1.0)
     app = app_of(listener)
-    with Server(app).running() as address:
+    with running(app) as address:
         driver.get(address)
         driver.execute_script("sessionStorage.clear()")
         driver.refresh()
