@@ -1,5 +1,6 @@
 """python -m fastdllm serve --checkpoint PATH: an OpenAI-compatible server of one model."""
 
+import contextlib
 import ipaddress
 import socket
 from dataclasses import dataclass, replace
@@ -107,7 +108,8 @@ def serve(config: ServeConfig) -> None:
     with listener, make_service(config) as service:
         print(f"serving {settings.name} ({service.mode}) at {_address(listener)}/v1; Ctrl-C ends it", flush=True)
         options = uvicorn.Config(make_app(service, settings), log_level="warning", timeout_graceful_shutdown=5)
-        uvicorn.Server(options).run(sockets=[listener])
+        with contextlib.suppress(KeyboardInterrupt):  # the usual end
+            uvicorn.Server(options).run(sockets=[listener])
 
 
 def make_service(config: ServeConfig):
