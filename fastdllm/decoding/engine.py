@@ -20,7 +20,7 @@ from fastdllm.decoding.fused import FusedPasses, is_fused_by_itself
 from fastdllm.decoding.graphs import GraphedPass
 from fastdllm.decoding.policies import check_parameter
 from fastdllm.decoding.reuse import ReuseConfig, row_bucket
-from fastdllm.decoding.rows import Completion, Request, Row, common_prefix, stop_token_ids
+from fastdllm.decoding.rows import Completion, Request, Row, check_prompt, common_prefix, stop_token_ids
 from fastdllm.decoding.session import Session
 from fastdllm.decoding.state import Phase, SlotState, to_device
 from fastdllm.decoding.steps import Steps
@@ -107,18 +107,7 @@ class Engine:
         return self.mode == "ar" or self.decode.is_verified
 
     def _check(self) -> None:
-        model = self.model
-        if self.mode not in ("diffusion", "ar"):
-            raise ValueError(f"mode must be diffusion or ar, got {self.mode!r}.")
-        check_decoding(
-            self.mode,
-            self.decode,
-            self.reuse,
-            block_size=model.block_size,
-            num_layers=model.num_layers,
-            context_attention=model.context_attention,
-            has_adapter=model.gate is not None,
-        )
+        check_settings(self.model, self.mode, self.decode, self.reuse)
         if self.is_graphed and self.model.device.type != "cuda":
             raise ValueError(f"is_graphed needs a model on a GPU, this one is on {self.model.device}.")
         if self.batch_size < 1:
@@ -154,11 +143,7 @@ class Engine:
         return Session(self, most_tokens=most_tokens)
 
     def _row(self, index: int, request: Request) -> Row:
-        if self.model.mask_token_id in request.prompt:
-            raise ValueError(
-                f"the prompt of request {index} holds the mask token (id {self.model.mask_token_id}), which stands for "
-                "what is still to be written; take it out."
-            )
+        check_prompt(f"the prompt of request {index}", request.prompt, self.model.mask_token_id)
         if request.parameter is not None:
             if self.mode == "ar":
                 raise ValueError(f"the parameter of request {index} has no effect token by token; leave it out.")
@@ -335,3 +320,18 @@ class Engine:
 
     def _drafted(self, slots: Tensor) -> Tensor:
         return self.steps.drafted()
+
+
+def check_settings(model: BlockDiffusionLM, mode: str, decode: DecodeConfig, reuse: ReuseConfig) -> None:
+    """Raise ValueError for settings that the model cannot have, or that do not go together."""
+    if mode not in ("diffusion", "ar"):
+        raise ValueError(f"mode must be diffusion or ar, got {mode!r}.")
+    check_decoding(
+        mode,
+        decode,
+        reuse,
+        block_size=model.block_size,
+        num_layers=model.num_layers,
+        context_attention=model.context_attention,
+        has_adapter=model.gate is not None,
+    )

@@ -139,6 +139,15 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset({tokenizer.eos_token_id} | {vocabulary[name] for name in STOP_TOKENS if name in vocabulary})
 
 
+def check_prompt(name: str, prompt: Sequence[int], mask_token_id: int) -> None:
+    """Raise ValueError if the prompt, called `name`, holds the mask token."""
+    if mask_token_id in prompt:
+        raise ValueError(
+            f"{name} holds the mask token (id {mask_token_id}), which stands for what is still to be written; take it "
+            "out."
+        )
+
+
 def common_prefix(requests: Sequence[Request], block_size: int) -> list[int]:
     """Return the tokens, in whole blocks, with which the prompts of all requests begin; none for a single request."""
     shared = os.path.commonprefix([request.prompt for request in requests]) if len(requests) > 1 else []

@@ -133,5 +133,5 @@ def serve_page(config: ChatConfig, listener: Listener, door: socket.socket) -> N
     name = Path(config.checkpoint).name
     settings = AppSettings(name=name, hosts=LOOPBACK_NAMES, default_new_tokens=config.max_new_tokens)
     routes = chat_routes(listener.speaker, listener, name=name, system=config.system)
-    print(f"talk to {name} at {address(door)}/ ; Ctrl-C ends it", flush=True)
-    run_app(make_app(listener.service, settings, routes), door)
+    app = make_app(listener.service, settings, routes)
+    run_app(app, door, f"talk to {name} at {address(door)}/ ; Ctrl-C ends it")

@@ -106,8 +106,8 @@ def serve(config: ServeConfig) -> None:
 
     settings, listener = app_settings(config), listen(config.host, config.port)
     with listener, make_service(config) as service:
-        print(f"serving {settings.name} ({service.mode}) at {address(listener)}/v1; Ctrl-C ends it", flush=True)
-        run_app(make_app(service, settings), listener)
+        greeting = f"serving {settings.name} ({service.mode}) at {address(listener)}/v1; Ctrl-C ends it"
+        run_app(make_app(service, settings), listener, greeting)
 
 
 def check_extra(program: str) -> None:
@@ -119,10 +119,12 @@ def check_extra(program: str) -> None:
             )
 
 
-def run_app(app: "ASGIApp", listener: socket.socket) -> None:
+def run_app(app: "ASGIApp", listener: socket.socket, greeting: str) -> None:
     """Answer requests to the application until Ctrl-C or SIGTERM; what is being answered then has five seconds."""
     import uvicorn
 
+    listener.listen()  # so that whoever reads the greeting can connect
+    print(greeting, flush=True)
     options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
     with contextlib.suppress(KeyboardInterrupt):  # sent on when all is shut down
         uvicorn.Server(options).run(sockets=[listener])

@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastdllm.decoding.config import DecodeConfig, check_decoding
-from fastdllm.decoding.engine import Engine
+from fastdllm.decoding.config import DecodeConfig
+from fastdllm.decoding.engine import Engine, check_settings
 from fastdllm.decoding.pieces import TextPieces
 from fastdllm.decoding.policies import DEFAULT_THRESHOLD, check_parameter
 from fastdllm.decoding.reuse import ReuseConfig
-from fastdllm.decoding.rows import Request, stop_token_ids
+from fastdllm.decoding.rows import Request, check_prompt, stop_token_ids
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.serving.answers import Answer, Setting
 from fastdllm.serving.lanes import Lane
@@ -80,6 +80,7 @@ class Service:
         self._closed = ""  # why, once it is
         self._num_submitted = 0
         self._place(Request(prompt=[0], max_new_tokens=1), mode, self.decode, ReuseConfig())
+        tokenizer("", add_special_tokens=False)  # the first call may change its settings, which no thread may see it do
         self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
         self._thread.start()
 
@@ -153,16 +154,7 @@ class Service:
             )
         if decode.temperature == 0:
             decode = replace(decode, top_p=DecodeConfig.top_p)  # which nothing reads then
-        model = self.model
-        check_decoding(
-            mode,
-            decode,
-            reuse,
-            block_size=model.block_size,
-            num_layers=model.num_layers,
-            context_attention=model.context_attention,
-            has_adapter=model.gate is not None,
-        )
+        check_settings(self.model, mode, decode, reuse)
         if mode == "ar":
             if request.parameter is not None:
                 raise ValueError("a request's parameter has no effect token by token (mode ar); leave it out.")
@@ -177,18 +169,7 @@ class Service:
         return replace(request, parameter=parameter), Setting(mode, shared, reuse)
 
     def _check(self, request: Request) -> None:
-        num_known = self.model.qwen.config.vocab_size
-        if not all(0 <= token < num_known for token in request.prompt):
-            wrong = next(token for token in request.prompt if not 0 <= token < num_known)
-            raise ValueError(
-                f"token ids of a prompt must be 0 to {num_known - 1}, got {wrong}; the model has no other."
-            )
-        if self.model.mask_token_id in request.prompt:
-            raise ValueError(
-                f"the prompt holds the mask token (id {self.model.mask_token_id}), which stands for what is still to "
-                "be written; take it out."
-            )
-        length = len(request.prompt)
+        length, num_known = len(request.prompt), self.model.qwen.config.vocab_size
         if length + request.max_new_tokens > self.max_tokens:
             left = self.max_tokens - length
             way_out = f"ask for at most {left} new ones" if left > 0 else f"shorten the prompt by {1 - left} or more"
@@ -196,6 +177,12 @@ class Service:
                 f"prompt and answer may have {self.max_tokens} tokens together, got {length} + "
                 f"{request.max_new_tokens}; {way_out}."
             )
+        wrong = next((token for token in request.prompt if not 0 <= token < num_known), None)
+        if wrong is not None:
+            raise ValueError(
+                f"token ids of a prompt must be 0 to {num_known - 1}, got {wrong}; the model has no other."
+            )
+        check_prompt("the prompt", request.prompt, self.model.mask_token_id)
 
     def _cancel(self, answer: Answer) -> None:
         with self._changed:

@@ -65,3 +65,14 @@ def test_a_library_that_is_absent_is_named_with_the_way_to_install_it(monkeypatc
     monkeypatch.setattr(command, "find_spec", lambda library: None if library == name else object())
     with pytest.raises(RuntimeError, match=rf'serve needs {name}, which is absent.*pip install -e "\.\[serve\]"'):
         serve(ServeConfig(checkpoint="nowhere"))
+
+
+def test_an_interrupt_ends_the_server_without_a_word(monkeypatch, capsys):
+    import uvicorn
+
+    def interrupt(server, sockets):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(uvicorn.Server, "run", interrupt)
+    serve(ServeConfig(checkpoint=TINY, port=0))
+    assert capsys.readouterr().out.startswith("serving tiny-adapted (diffusion) at http://127.0.0.1:")

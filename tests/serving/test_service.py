@@ -204,6 +204,25 @@ def test_memory_that_does_not_suffice_fails_the_request_and_not_the_thread(serve
         small.submit(Request(prompt=[1], max_new_tokens=9)).result()
 
 
+def test_memory_that_runs_out_begins_answers_anew_and_takes_nothing_back(serve, monkeypatch, capsys):
+    service, call, calls = serve(batch_size=4), PlainForward.__call__, []
+
+    def fail_twice(forward, tokens, *arguments, **options):
+        calls.append(len(tokens))
+        if len(calls) in (25, 70):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(forward, tokens, *arguments, **options)
+
+    monkeypatch.setattr(PlainForward, "__call__", fail_twice)
+    answers = [service.submit(request) for request in make_requests(12, seed=2)]
+    for answer in answers:
+        tokens = [token for update in answer for token in update.tokens]
+        assert tokens == answer.completion.tokens
+    monkeypatch.undo()
+    assert all(answer.tokens == alone(service, answer.request).tokens for answer in answers)
+    assert capsys.readouterr().out.count("out of memory: going on with") == 2
+
+
 @pytest.mark.parametrize(
     ("request_", "options", "message"),
     [
