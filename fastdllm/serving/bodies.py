@@ -147,6 +147,9 @@ class Body(Strict):
         for name in ("threshold", "policy", "policy_parameter", "reuse_k", "subset", "reuse_mode"):
             if mode == "ar" and name in chosen:
                 raise ProtocolError(400, f"{name} has no effect token by token (mode ar); leave it out.", param=name)
+        for name in ("subset", "reuse_mode"):
+            if name in chosen and chosen.get("reuse_k", 1) == 1:
+                raise ProtocolError(400, f"{name} does nothing without reuse_k 2 or more; leave it out.", param=name)
         changes = _of(DecodeConfig, chosen)
         if changes.get("policy", decode.policy) != decode.policy:  # whose numbers are not the other one's
             changes = {"threshold": DEFAULT_THRESHOLD, "policy_parameter": 0.0} | changes

@@ -144,6 +144,11 @@ def make_service(config: ServeConfig):
     if config.max_tokens > most:
         raise ValueError(f"max_tokens must be at most {most}, the positions of this model, got {config.max_tokens}.")
     decode = replace(source.decode, temperature=config.temperature, top_p=config.top_p)
+    if config.threshold and source.modes == ("ar",):
+        raise ValueError(
+            f"threshold {config.threshold} has no effect token by token, and {config.checkpoint} was never adapted; "
+            "leave it out."
+        )
     if config.threshold:
         decode = replace(decode, threshold=config.threshold)
     return Service(

@@ -123,6 +123,8 @@ def test_options_of_this_server_become_settings():
         ({"policy": "entropy", "threshold": 0.5}, "does nothing in policy entropy"),
         ({"reuse_k": 0}, "reuse_k must be 1 or more"),
         ({"mode": "ar", "threshold": 0.5}, "no effect token by token"),
+        ({"subset": "last"}, "subset does nothing without reuse_k"),
+        ({"reuse_k": 1, "reuse_mode": "delta"}, "reuse_mode does nothing without reuse_k"),
     ):
         with pytest.raises(ProtocolError, match=message):
             chat(**fields).settings("diffusion", decode)

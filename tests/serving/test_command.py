@@ -50,6 +50,8 @@ def test_a_service_takes_the_checkpoint_s_settings_where_none_are_given():
         assert (service.decode.threshold, service.decode.temperature, service.max_tokens) == (0.5, 1.0, 99)
     with make_service(ServeConfig(checkpoint=str(ROOT / "data/tiny"))) as service:
         assert service.modes == ("ar",) and service.mode == "ar"
+    with pytest.raises(ValueError, match="threshold 0.5 has no effect token by token, and .* was never adapted"):
+        make_service(ServeConfig(checkpoint=str(ROOT / "data/tiny"), threshold=0.5))
     with pytest.raises(ValueError, match="max_tokens must be at most 1024, the positions of this model, got 2000"):
         make_service(ServeConfig(checkpoint=TINY, max_tokens=2000))
 

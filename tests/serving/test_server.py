@@ -60,6 +60,17 @@ def test_the_openai_client_chats(client, source):
     assert stream[-1].usage.prompt_tokens_details.cached_tokens == 32
 
 
+def test_a_second_turn_is_read_from_where_the_first_one_ended(client, source):
+    first = {"role": "user", "content": "Ann has 40 coins. She gets 5 more coins. How many coins does Ann have now?"}
+    said = ask(client, messages=[first]).choices[0].message
+    second = {"role": "user", "content": "Ann has 41 coins. She loses 5 coins. How many coins does Ann have now?"}
+    history = [first, said.model_dump(), second]
+    answer = ask(client, messages=history)
+    plain = [{"role": one["role"], "content": one["content"]} for one in history]
+    assert answer.choices[0].message.content == source.generate(plain)
+    assert answer.usage.prompt_tokens_details.cached_tokens >= 64
+
+
 def test_the_openai_client_sets_what_this_server_adds(client, source):
     plain = ask(client, extra_body={"mode": "ar"})
     assert plain.usage.fastdllm["tokens_per_forward"] == 1
