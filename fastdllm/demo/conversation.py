@@ -84,7 +84,8 @@ class Speaker:
         """Return mode, decode and reuse of an engine; threshold and reuse rest where there are no blocks."""
         policy = VERIFIED if settings.mode == "verified" else "threshold"
         decode = dataclasses.replace(self.decode, policy=policy, threshold=DEFAULT_THRESHOLD)
-        reuse = self._reuse(settings) if settings.mode == "diffusion" else ReuseConfig()
+        is_reusing = settings.mode == "diffusion" and settings.reuse_k != 1
+        reuse = self._reuse(settings) if is_reusing else ReuseConfig()  # one engine for all that reuse nothing
         return "ar" if settings.mode == "ar" else "diffusion", decode, reuse
 
     def request(self, messages: Sequence[Message], settings: ChatSettings, max_new_tokens: int, seed: int) -> Request:

@@ -115,8 +115,10 @@ class TerminalChat:
         words = shlex.split(rest)
         if not 1 <= len(words) <= 2:
             raise ValueError(f"/reuse takes a number and a subset, got {rest!r}; such as /reuse 2 middle.")
-        subset = words[1] if len(words) == 2 else self.settings.subset
-        self._change(reuse_k=_number(int, "/reuse", words[0], "2 middle"), subset=subset)
+        reuse_k = _number(int, "/reuse", words[0], "2 middle")
+        if reuse_k == 1 and len(words) == 2:
+            raise ValueError(f"/reuse 1 reuses no layers, so {words[1]!r} does nothing; leave it out.")
+        self._change(reuse_k=reuse_k, subset=words[1] if len(words) == 2 else self.settings.subset)
 
     def _ar(self, _: str) -> None:
         self._change(mode="ar")

@@ -4,12 +4,14 @@ import io
 import json
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from conftest import make_qwen
 from rich.console import Console
 
 from fastdllm.decoding.config import DecodeConfig
+from fastdllm.decoding.reuse import ReuseConfig
 from fastdllm.demo.conversation import ChatSettings, Cost, Moment, Speaker
 from fastdllm.demo.terminal import TerminalChat, describe, paint, read_line
 from fastdllm.model import BlockDiffusionLM
@@ -112,6 +114,7 @@ def test_commands_change_the_settings_that_the_next_answer_is_asked_with(byte_to
         ("/reuse two", "/reuse needs a number, got 'two'"),
         ("/reuse 0", "reuse_k must be 1 or more, got 0"),
         ("/reuse 2 top", "top"),
+        ("/reuse 1 middle", "/reuse 1 reuses no layers, so 'middle' does nothing; leave it out."),
         ("/reuse 2 99", "99"),
         ("/reuse 2 'middle", "No closing quotation"),
         ("/verified", "needs an adapter that drafts (start with --adapter FOLDER)"),
@@ -149,6 +152,15 @@ def test_a_mode_that_the_checkpoint_does_not_have_is_refused(byte_tokenizer, mod
     speaker.check(speaker.usual)
     with pytest.raises(ValueError, match=reason):
         speaker.check(ChatSettings(mode=wrong))
+
+
+def test_settings_that_mean_the_same_share_an_engine(byte_tokenizer):
+    speaker = make_speaker(byte_tokenizer)
+    plain = speaker.options(ChatSettings(mode="diffusion"))
+    assert speaker.options(ChatSettings(mode="diffusion", threshold=0.5, subset="middle")) == plain
+    reusing = ChatSettings(mode="diffusion", reuse_k=2, subset="middle")
+    assert speaker.options(reusing)[2] == ReuseConfig(reuse_k=2, subset="middle")
+    assert speaker.options(replace(reusing, mode="ar"))[2] == ReuseConfig()
 
 
 def test_with_an_adapter_blocks_are_refused(byte_tokenizer):
