@@ -8,7 +8,7 @@ RUN = .venv/bin/python
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "Python 3.11 or 3.12 is needed, %d.%d found; try make PYTHON=python3.11" % v)'
 	test -x $(RUN) || $(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --editable '.[eval,dev]'
+	$(RUN) -m pip install --quiet --editable '.[eval,serve,dev]'
 	touch $@
 
 demo: .venv/installed

@@ -98,6 +98,18 @@ def view(arguments: list[str]) -> None:
     main(arguments)
 
 
+def chat(arguments: list[str]) -> None:
+    from fastdllm.demo.chat import main
+
+    main(arguments)
+
+
+def serve(arguments: list[str]) -> None:
+    from fastdllm.serving.command import main
+
+    main(arguments)
+
+
 COMMANDS = {
     "doctor": doctor,
     "export": export,
@@ -106,6 +118,8 @@ COMMANDS = {
     "inspect-data": inspect_data,
     "distill": distill,
     "view": view,
+    "chat": chat,
+    "serve": serve,
 }
 
 

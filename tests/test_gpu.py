@@ -170,6 +170,39 @@ def test_a_trace_timed_with_graphs_has_the_steps_of_the_cpu_s(byte_tokenizer, op
     assert steps[0] == steps[1]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "ar"},
+        {},
+        {"reuse": ReuseConfig(reuse_k=2)},
+        {"decode": DecodeConfig(policy="verified", draft_length=3)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch_size", [2, 9])  # with and without a host that lags behind
+def test_a_session_with_graphs_keeps_turns_and_drops_rows_as_the_cpu_does(byte_tokenizer, options, batch_size):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    options, turns = {"mode": "diffusion", "decode": DecodeConfig(threshold=0.4, sub_block_size=4)} | options, []
+    for device in ("cpu", "cuda"):
+        model = make_model(hidden_size=64, context="causal").to(device)
+        engine = Engine(model, byte_tokenizer, batch_size=batch_size, free_rows=64, **options)
+        history, long, found = make_prompts((30,))[0], Request(prompt=make_prompts((20,), 1)[0], max_new_tokens=60), []
+        with engine.open(160) as session:
+            for turn in range(3):
+                row = session.submit(Request(prompt=history, max_new_tokens=20), is_watched=True)
+                dropped = session.submit(long)
+                for _ in range(3):
+                    session.round()
+                session.drop(dropped)
+                while session.has_work:
+                    session.round()
+                found.append((row.tokens, row.cached_tokens))
+                history = history + row.tokens + [turn]
+        turns.append(found)
+    assert turns[0] == turns[1] and turns[0][-1][1] > 48
+
+
 def test_replays_do_not_need_scratch_memory_that_torch_gives_back(byte_tokenizer):
     model = make_model(hidden_size=512).to("cuda", torch.bfloat16)
     requests = [Request(prompt=prompt, max_new_tokens=60) for prompt in make_prompts((40, 64) * 8)]

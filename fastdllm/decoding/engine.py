@@ -1,11 +1,9 @@
-"""The decoder: requests wait in a queue, take slots, and go through their own prefill, denoising steps and appends.
+"""The decoder: requests take slots, and go through their own prefill, denoising steps and appends.
 
 Slots never wait for each other: in every round the engine sorts them by the pass that they need next and runs one pass
-for each kind, so a row's tokens do not depend on the batch around it. A free slot is filled from the queue at once.
+for each kind, so a row's tokens do not depend on the batch around it. Who waits, comes and leaves is in session.py.
 """
 
-import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 
@@ -19,11 +17,12 @@ from fastdllm.decoding.config import DecodeConfig, check_decoding
 from fastdllm.decoding.drafts import DraftChooser
 from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.fused import FusedPasses, is_fused_by_itself
-from fastdllm.decoding.graphs import GraphedPass, read_later
+from fastdllm.decoding.graphs import GraphedPass
 from fastdllm.decoding.policies import check_parameter
 from fastdllm.decoding.reuse import ReuseConfig, row_bucket
-from fastdllm.decoding.rows import Completion, Request, Row, common_prefix, stop_token_ids
-from fastdllm.decoding.state import COUNTERS, REPORT_HEAD, Phase, SlotState, to_device
+from fastdllm.decoding.rows import Completion, Request, Row, check_prompt, common_prefix, stop_token_ids
+from fastdllm.decoding.session import Session
+from fastdllm.decoding.state import Phase, SlotState, to_device
 from fastdllm.decoding.steps import Steps
 from fastdllm.decoding.tables import KINDS, PASSES
 from fastdllm.decoding.verify import VerifySteps
@@ -108,18 +107,7 @@ class Engine:
         return self.mode == "ar" or self.decode.is_verified
 
     def _check(self) -> None:
-        model = self.model
-        if self.mode not in ("diffusion", "ar"):
-            raise ValueError(f"mode must be diffusion or ar, got {self.mode!r}.")
-        check_decoding(
-            self.mode,
-            self.decode,
-            self.reuse,
-            block_size=model.block_size,
-            num_layers=model.num_layers,
-            context_attention=model.context_attention,
-            has_adapter=model.gate is not None,
-        )
+        check_settings(self.model, self.mode, self.decode, self.reuse)
         if self.is_graphed and self.model.device.type != "cuda":
             raise ValueError(f"is_graphed needs a model on a GPU, this one is on {self.model.device}.")
         if self.batch_size < 1:
@@ -130,7 +118,7 @@ class Engine:
 
         What is skipped changes no other answer and no count: the common prefix stays that of all requests.
         """
-        rows = [self._row(index, request) for index, request in enumerate(requests)][::-1]
+        rows = [self._row(index, request) for index, request in enumerate(requests)]
         self._skipped = [row for row in rows if row.index in skip]
         for row in self._serve([row for row in rows if row.index not in skip]):
             if row.is_finished:
@@ -144,90 +132,61 @@ class Engine:
                 yield row.tokens[shown:]
                 shown = len(row.tokens)
 
+    def open(self, most_tokens: int) -> Session:
+        """Return a session: requests are given to it, and dropped, while it runs.
+
+        Args:
+            most_tokens: of one request, prompt and answer.
+        Raises:
+            RuntimeError: the engine is busy already.
+        """
+        return Session(self, most_tokens=most_tokens)
+
     def _row(self, index: int, request: Request) -> Row:
-        if self.model.mask_token_id in request.prompt:
-            raise ValueError(
-                f"the prompt of request {index} holds the mask token (id {self.model.mask_token_id}), which stands for "
-                "what is still to be written; take it out."
-            )
+        check_prompt(f"the prompt of request {index}", request.prompt, self.model.mask_token_id)
         if request.parameter is not None:
             if self.mode == "ar":
                 raise ValueError(f"the parameter of request {index} has no effect token by token; leave it out.")
             check_parameter(self.decode.policy, request.parameter)
         return Row(index, request, self.stop_ids)
 
-    @torch.no_grad()
-    def _serve(self, waiting: list[Row]) -> Iterator[Row]:
-        """Decode the rows, the last one first; yield a row whenever it has moved on."""
-        if self.is_busy:
-            raise RuntimeError("this engine is in the middle of a run; let that end (or close it), or make another.")
-        active: list[Row] = []
-        self.is_busy, is_ready = True, False
+    def _serve(self, rows: list[Row]) -> Iterator[Row]:
+        """Decode the rows, the first one first; yield a row whenever it has moved on."""
         try:
-            while waiting or active:
-                started, captured = time.perf_counter(), self.capture_seconds
-                try:
-                    if not is_ready:
-                        self._set_up(waiting)
-                        is_ready = True
-                    moved = self._round(waiting, active)
-                except torch.OutOfMemoryError as error:
-                    self._halve(error)
-                    waiting += [self._row(row.index, row.request) for row in reversed(active)]
-                    active, moved, is_ready = [], [], False
-                self.seconds += time.perf_counter() - started - (self.capture_seconds - captured)
-                yield from moved
+            with Session(self, rows) as session:
+                while session.has_work:
+                    yield from session.round()
         finally:
-            for row in active:  # of a run that was broken off
-                self.state.release(row.slot)
-            self.prefill_clock.read(is_waiting=True)
-            self._skipped, self.is_busy = [], False
+            self._skipped = []
 
-    def _round(self, waiting: list[Row], active: list[Row]) -> list[Row]:
-        """Fill free slots, run the next pass of every slot and read what passes did; return the rows that moved on."""
-        while self._free and waiting:
-            row = waiting.pop()
-            row.slot = self._free.pop()
-            self._admit(row)
-            active.append(row)
-        self._advance(active)
-        self._asked.append((list(active), read_later(self._pass([], self._report))))
-        if len(self._asked) <= self._lag:
-            return []
-        rows, answer = self._asked.popleft()
-        moved = self._follow([row for row in rows if not row.is_finished], answer)
-        for row in [row for row in active if row.is_finished]:
-            active.remove(row)
-            self.state.release(row.slot)
-            self._free.append(row.slot)
-        return moved
+    def _set_up(self, waiting: Collection[Row]) -> None:
+        """Make sure of as many slots as the batch and the memory allow, each long enough for any of the rows."""
+        longest = max(waiting, key=lambda row: row.limit)
+        prefix = common_prefix([row.request for row in (*waiting, *self._skipped)], self.model.block_size)
+        wanted = min(self.batch_size, len(waiting))
+        self._make_room(f"request {longest.index}", longest.limit, wanted, has_prefix=bool(prefix))
+        self._read_prefix(prefix, self.num_slots)
 
-    def _set_up(self, waiting: list[Row]) -> None:
-        """Make sure of as many slots as the batch and the memory allow, each long enough for any of the rows.
+    def _make_room(self, name: str, most_tokens: int, wanted: int, has_prefix: bool = False) -> None:
+        """Make sure of up to `wanted` slots of so many tokens; `name` is what needs them, for the message.
 
         Raises:
             ValueError: not even one slot fits.
         """
         size = self.model.block_size
-        longest = max(waiting, key=lambda row: row.limit)
-        capacity = -(-longest.limit // size) * size
-        prefix = common_prefix([row.request for row in (*waiting, *self._skipped)], size)
-        extra = 2 if prefix else 1  # the spare slot, and one for the common prefix
-        wanted = min(self.batch_size, len(waiting))
-        needed = (wanted, capacity, extra)
+        needed = (wanted, -(-most_tokens // size) * size, 2 if has_prefix else 1)  # one is spare
         if self.state is not None and any(need > have for need, have in zip(needed, self._allocated, strict=True)):
             self.free()
         if self.state is None:
             self._allocated = needed
-            self._allocate(longest, capacity, wanted, extra)
-        self._free, self._asked = list(range(self.num_slots)), deque()
+            self._allocate(name, most_tokens, *needed)
         # where rows are free, one kind of pass serves all slots, so the host need not know which pass each one needs
         self._is_block_wise = not self._is_token_wise and not self._reuses
         self._is_universal = self._is_block_wise and self.num_slots * size <= min(self.free_rows, BLIND_ROWS)
         self._lag = 1 if self.is_graphed and (self._is_universal or self._is_token_wise) else 0
-        self._read_prefix(prefix, self.num_slots)
+        self._prefix_length = 0
 
-    def _allocate(self, longest: Row, capacity: int, wanted: int, extra: int) -> None:
+    def _allocate(self, name: str, most_tokens: int, wanted: int, capacity: int, extra: int) -> None:
         model, size = self.model, self.model.block_size
         plans = self._drafts.plans if self._drafts else ()
         num_scratch = max((plan.num_drafting for plan in plans), default=0)
@@ -235,7 +194,7 @@ class Engine:
         fit = fitting_slots(model, capacity, num_scratch, extra, self.cache_bytes)
         if fit.num_slots < 1:
             raise ValueError(
-                f"request {longest.index} may grow to {longest.limit} tokens, prompt and answer, and needs "
+                f"{name} may grow to {most_tokens} tokens, prompt and answer, and needs "
                 f"{fit.needed_bytes:,} bytes of keys and values; {fit.allowed_bytes:,} are allowed, which "
                 f"{fit.most_tokens} tokens fit into: shorten it, or raise cache_bytes."
             )
@@ -264,34 +223,25 @@ class Engine:
         self.state = self.cache = self.forward = self.steps = self._pool = None
         self._passes = {}
 
-    def _halve(self, error: torch.OutOfMemoryError) -> None:
-        """Go on with half the batch size, or give up if that is none."""
-        if self.num_slots == 1:
-            raise error
-        self.batch_size = self.num_slots // 2
-        print(f"out of memory: going on with {self.batch_size} requests at a time; finished ones are kept", flush=True)
-        self.prefill_clock.read(is_waiting=True)
-        self.free()
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     def _read_prefix(self, prefix: list[int], slot: int) -> None:
         """Read the common prefix once; admitted rows copy its keys and values."""
-        self._prefix_length, self._prefix_slot = len(prefix), slot
         if not prefix:
             return
+        self._prefix_length, self._prefix_slot = len(prefix), slot
         row = Row(-1, Request(prompt=prefix, max_new_tokens=1), self.stop_ids, slot=slot, start=len(prefix))
         self._put(row, prefilled=0)
         while row.phase == Phase.PREFILL:
             self._prefill([row])
         self.state.release(slot)
 
-    def _admit(self, row: Row) -> None:
+    def _admit(self, row: Row, kept: int) -> None:
+        """Put a row into its slot, whose first `kept` places hold keys and values of its first tokens already."""
         length, size = len(row.request.prompt), self.model.block_size
         row.start = length - 1 if self._is_token_wise else length // size * size
         # the last block of a prompt of whole blocks is read again: it gives the next token
-        row.prefilled = min(self._prefix_length, row.start if row.start < length else row.start - size)
-        if row.prefilled > 0:
+        most = row.start if row.start < length else row.start - size
+        row.cached_tokens, row.prefilled = min(kept, most), min(max(kept, self._prefix_length), most)
+        if row.prefilled > row.cached_tokens:
             self.cache.copy_prefix(self._prefix_slot, row.slot, row.prefilled)
         self._put(row, row.prefilled)
         if row.start <= row.prefilled:
@@ -368,25 +318,20 @@ class Engine:
     def _report(self, slots: Tensor) -> Tensor:
         return self.state.report(2 * self._most_new)
 
-    def _follow(self, rows: list[Row], answer: Callable[[], Tensor]) -> list[Row]:
-        """Take in what the passes did; return the rows that have moved on."""
-        report, moved, size = answer().numpy(), [], 1 if self._is_token_wise else self.model.block_size
-        heads, tails = report[:, :REPORT_HEAD].tolist(), report[:, REPORT_HEAD:]
-        for row in rows:
-            phase, final, row.num_active, *counts = heads[row.slot]
-            before = len(row.tokens)
-            if self._drafts:
-                self._drafts.note(*_growth(row.counts, counts, ("checked_drafts", "accepted_drafts")))
-            if phase == Phase.PREFILL:
-                phase = row.phase  # the host knows better where it is ahead
-            else:
-                row.start = max(row.start, (final - 1) // size * size)
-            row.follow(phase, final, counts, tails[row.slot], self.tokenizer)
-            if row.is_finished or len(row.tokens) > before:
-                moved.append(row)
-        return moved
+    def _drafted(self, slots: Tensor) -> Tensor:
+        return self.steps.drafted()
 
 
-def _growth(before: list[int], after: list[int], names: tuple[str, ...]) -> list[int]:
-    """Return by how much these counters have grown; before the first report they are 0."""
-    return [after[index] - (before[index] if before else 0) for index in map(COUNTERS.index, names)]
+def check_settings(model: BlockDiffusionLM, mode: str, decode: DecodeConfig, reuse: ReuseConfig) -> None:
+    """Raise ValueError for settings that the model cannot have, or that do not go together."""
+    if mode not in ("diffusion", "ar"):
+        raise ValueError(f"mode must be diffusion or ar, got {mode!r}.")
+    check_decoding(
+        mode,
+        decode,
+        reuse,
+        block_size=model.block_size,
+        num_layers=model.num_layers,
+        context_attention=model.context_attention,
+        has_adapter=model.gate is not None,
+    )

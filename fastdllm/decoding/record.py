@@ -69,6 +69,19 @@ def record(
     return recorded, recording.steps_until(ends), timing
 
 
+def note(
+    model: BlockDiffusionLM, tokenizer: PreTrainedTokenizerBase, request: Request, **options: Any
+) -> tuple[Completion, list[TraceStep]]:
+    """Decode a request alone, and once; return its answer and the steps that led to it, timed while recording.
+
+    Args:
+        options: as `record` takes them; is_fused too.
+    """
+    engine = _RecordingEngine(model, tokenizer, batch_size=1, is_graphed=False, **options)
+    completion, ends = engine.time(request)
+    return completion, engine.steps_until(ends)
+
+
 class _TimedEngine(Engine):
     """Notes when each pass over a request ends."""
 

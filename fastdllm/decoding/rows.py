@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fastdllm.decoding.pieces import cut_text
 from fastdllm.decoding.state import COUNTERS, Phase
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
@@ -80,11 +81,23 @@ class Row:
     tokens: list[int] = field(default_factory=list)  # new tokens that nothing can change any more
     searched_tokens: int = 0  # new tokens already searched for stop strings
     counts: list[int] = field(default_factory=list)  # COUNTERS
-    is_finished: bool = False
+    is_finished: bool = False  # or dropped
+    cached_tokens: int = 0  # of the prompt, whose keys and values an earlier request of the session left in the slot
+    is_watched: bool = False  # whether `draft` is wanted
+    draft: list[int | None] = field(default_factory=list)  # places of the block behind the final ones; None: masked
 
     @property
     def limit(self) -> int:
         return len(self.request.prompt) + self.request.max_new_tokens
+
+    @property
+    def num_clean(self) -> int:
+        """Places from the beginning whose keys and values are exact, and that no pass will write again."""
+        return min(self.prefilled, self.start) if self.phase == Phase.PREFILL else self.start
+
+    def restart(self) -> None:
+        """Forget all but the request."""
+        self.__init__(self.index, self.request, self.stop_ids, is_watched=self.is_watched)
 
     def follow(self, phase: int, final: int, counts: list[int], tail: np.ndarray, tokenizer: PreTrainedTokenizerBase):
         """Take in what the device reported: `tail` are the tokens before the place `final`."""
@@ -93,6 +106,12 @@ class Row:
         self.tokens += tail[len(tail) - fresh :].tolist() if fresh > 0 else []
         self.phase, self.counts = phase, counts
         self.is_finished = phase == Phase.IDLE or self._has_stop_string(tokenizer)
+
+    def look(self, drafted: list[int], mask_token_id: int) -> bool:
+        """Take in what the device drafted, as Steps.drafted says; return whether it is news."""
+        seen = [] if self.is_finished else [token for token in drafted if token >= 0]
+        before, self.draft = self.draft, [None if token == mask_token_id else token for token in seen]
+        return self.draft != before
 
     @cached_property
     def _longest_stop(self) -> int:
@@ -109,9 +128,7 @@ class Row:
 
     def completion(self, tokenizer: PreTrainedTokenizerBase) -> Completion:
         kept = self.tokens[:-1] if self.tokens and self.tokens[-1] in self.stop_ids else self.tokens
-        text = tokenizer.decode(kept, skip_special_tokens=False)
-        for stop in self.request.stop_strings:
-            text = text.split(stop, 1)[0]
+        text = cut_text(tokenizer.decode(kept, skip_special_tokens=False), self.request.stop_strings)
         counts = dict(zip(COUNTERS, self.counts, strict=True))
         return Completion(index=self.index, tokens=self.tokens, text=text, counted_tokens=len(self.tokens), **counts)
 
@@ -120,6 +137,15 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids that end an answer: the tokenizer's eos, and ChatML's ends where the vocabulary has them."""
     vocabulary = tokenizer.get_vocab()
     return frozenset({tokenizer.eos_token_id} | {vocabulary[name] for name in STOP_TOKENS if name in vocabulary})
+
+
+def check_prompt(name: str, prompt: Sequence[int], mask_token_id: int) -> None:
+    """Raise ValueError if the prompt, called `name`, holds the mask token."""
+    if mask_token_id in prompt:
+        raise ValueError(
+            f"{name} holds the mask token (id {mask_token_id}), which stands for what is still to be written; take it "
+            "out."
+        )
 
 
 def common_prefix(requests: Sequence[Request], block_size: int) -> list[int]:

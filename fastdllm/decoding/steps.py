@@ -277,6 +277,17 @@ class Steps(SlotPasses):
         self._plan(slots, at, places, token)
         self._put(slots, at, places, token, is_served)
 
+    def drafted(self) -> Tensor:
+        """Return what stands behind the final tokens of each slot's block, [num_slots, D] int64.
+
+        Mask tokens where nothing is decided, and -1 behind the block and the answer; in AR mode there is no more.
+        """
+        at, size, tokens = self.state.take(self._range(self.state.dump)), self.model.block_size, self.state.tokens
+        num_left = (-at.final % size).minimum(at.limit - at.final) if self.is_diffusion else at.final * 0
+        places = at.final[:, None] + self._range(size)
+        seen = tokens[: self.state.dump].gather(1, places.clamp(max=tokens.shape[1] - 1))
+        return torch.where(self._range(size) < num_left[:, None], seen, self._number(-1))
+
     def _unmask(
         self, slots: Tensor, at: SlotNumbers, block: Tensor, is_denoised: Tensor, proposals: Proposals
     ) -> Tensor:

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdllm.checkpoint import Adaptation, load_checkpoint
 from fastdllm.decoding.engine import DecodeConfig, Engine
+from fastdllm.decoding.pieces import TextPieces
 from fastdllm.decoding.policies import DEFAULT_THRESHOLD, VERIFIED
 from fastdllm.decoding.reuse import ReuseConfig
 from fastdllm.decoding.rows import Request
@@ -21,8 +22,16 @@ class TextGenerator:
     ReuseConfig as an option, such as threshold=0.9 or reuse_k=2.
     """
 
-    def __init__(self, model: BlockDiffusionLM, tokenizer: PreTrainedTokenizerBase, mode: str, decode: DecodeConfig):
-        self.model, self.tokenizer, self.mode, self.decode = model, tokenizer, mode, decode
+    def __init__(
+        self,
+        model: BlockDiffusionLM,
+        tokenizer: PreTrainedTokenizerBase,
+        mode: str,
+        decode: DecodeConfig,
+        modes: tuple[str, ...] = ("diffusion", "ar"),
+    ):
+        """Take what answers; `modes` are those that the model has, of which `mode` is used."""
+        self.model, self.tokenizer, self.mode, self.decode, self.modes = model, tokenizer, mode, decode, modes
         self._engine: Engine | None = None  # of the last options: it keeps its slots and CUDA graphs
 
     def generate(
@@ -42,16 +51,10 @@ class TextGenerator:
     ) -> Iterator[str]:
         """Yield the answer in pieces as they become final; joined they equal what `generate` returns."""
         engine, request = self._prepare(prompt, max_new_tokens, seed, options)
-        tokens, shown = [], ""
-        for piece in engine.stream(request):
-            tokens += [token for token in piece if token not in engine.stop_ids]
-            text = self.tokenizer.decode(tokens, skip_special_tokens=False)
-            if len(text) > len(shown) and not text.endswith("\ufffd"):  # half a character waits for its other tokens
-                yield text[len(shown) :]
-                shown = text
-        text = self.tokenizer.decode(tokens, skip_special_tokens=False)
-        if text != shown:  # the limit cut a character in two
-            yield text[len(shown) :]
+        pieces = TextPieces(self.tokenizer, engine.stop_ids)
+        yield from filter(None, map(pieces.feed, engine.stream(request)))
+        if rest := pieces.finish():  # the limit cut a character in two
+            yield rest
 
     def _prepare(self, prompt, max_new_tokens: int, seed: int, options: dict) -> tuple[Engine, Request]:
         known = {field.name for config in (DecodeConfig, ReuseConfig) for field in dataclasses.fields(config)}
@@ -70,14 +73,19 @@ class TextGenerator:
         if decode.get("policy", "threshold") != "threshold":  # which does not read the remembered threshold
             decode = {"threshold": DEFAULT_THRESHOLD, **decode}
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        ids = chat_prompt(self.tokenizer, messages)
         config = dataclasses.replace(self.decode, **decode)
         engine = self._engine
         if engine is None or engine.is_busy or (engine.decode, engine.reuse) != (config, reuse):
             engine = Engine(self.model, self.tokenizer, mode=self.mode, decode=config, reuse=reuse, batch_size=1)
             self._engine = engine
         return engine, Request(prompt=ids, max_new_tokens=max_new_tokens, seed=seed)
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Return the token ids of a conversation, by the tokenizer's chat template, up to where the answer begins."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def load(source: str, *, device: str = "auto", mode: str = "auto", adapter: str = "") -> TextGenerator:
@@ -104,4 +112,5 @@ def load(source: str, *, device: str = "auto", mode: str = "auto", adapter: str 
         mode = "ar" if adaptation is None else "diffusion"
     remembered = adaptation or Adaptation()
     decode = DecodeConfig(threshold=remembered.threshold, sub_block_size=remembered.sub_block_size)
-    return TextGenerator(checkpoint.model(), checkpoint.tokenizer, mode, decode)
+    modes = ("ar",) if adaptation is None else ("diffusion", "ar")
+    return TextGenerator(checkpoint.model(), checkpoint.tokenizer, mode, decode, modes)

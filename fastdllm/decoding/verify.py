@@ -53,6 +53,12 @@ class VerifySteps(Steps):
     def first_phase(self) -> Phase:
         return Phase.VERIFY
 
+    def drafted(self) -> Tensor:
+        """Return the drafts that the next pass verifies, [num_slots, K] int64, and -1 behind them."""
+        at = self.state.take(self._range(self.state.dump))
+        inside, num_drafts = self._range(self.drafts.shape[1]), at.num_drafts.minimum(at.limit - at.final)
+        return torch.where(inside < num_drafts[:, None], self.drafts[: self.state.dump], self._number(-1))
+
     def verify(self, slots: Tensor, plan: DraftPlan) -> None:
         """Verify each slot's drafts, write what is accepted and one token more, and make the next drafts."""
         at, size = self.state.take(slots), plan.length + 1

@@ -18,5 +18,11 @@ def view(arguments: list[str]) -> None:
     main(arguments)
 
 
+def chat(arguments: list[str]) -> None:
+    from fastdllm.demo.chat import main
+
+    main(arguments)
+
+
 if __name__ == "__main__":
-    run_command("fastdllm.demo", {"run": run_demo, "view": view}, sys.argv[1:])
+    run_command("fastdllm.demo", {"run": run_demo, "view": view, "chat": chat}, sys.argv[1:])

@@ -7,15 +7,18 @@ from datetime import timedelta
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch.utils.tensorboard import SummaryWriter
 
 from fastdllm.decoding.engine import Engine
 from fastdllm.decoding.rows import Completion, Request
+from fastdllm.decoding.trace import TraceStep
 from fastdllm.runtime import device_name, peak_flops
 from fastdllm.training.clock import Clock
 from fastdllm.training.faults import is_skipped
 from fastdllm.training.meter import add_over_processes
 from fastdllm.training.module import COUNTERS, AdaptModule, learning_rate_factor
 from fastdllm.training.strategies import deepspeed_gradient_norm
+from fastdllm.training.unmasking import Unmasking, can_draw
 
 
 class Progress(Callback):
@@ -138,7 +141,10 @@ class TimeLimit(Callback):
 
 
 class TextSamples(Callback):
-    """Decodes a few prompts every `every` optimizer steps, on the first process, which must hold all weights."""
+    """Decodes a few prompts every `every` optimizer steps, on the first process, which must hold all weights.
+
+    With `trace` the first prompt is decoded by it, alone, and how it was unmasked is shown as text and as a figure.
+    """
 
     def __init__(
         self,
@@ -146,9 +152,11 @@ class TextSamples(Callback):
         every: int,
         make_requests: Callable[[], list[Request]],
         make_engine: Callable[..., Engine],
+        trace: Callable[..., tuple[Completion, list[TraceStep]]] | None,
         clock: Clock,
     ):
         self.every, self.make_requests, self.make_engine, self.clock = every, make_requests, make_engine, clock
+        self.trace = trace
         self.shown_step = 0
 
     def on_train_start(self, trainer: Trainer, module: AdaptModule) -> None:
@@ -160,19 +168,35 @@ class TextSamples(Callback):
             return
         self.shown_step = step
         with self.clock.paused():
-            completions = self._decode(module)
-        text = "\n\n".join(_markdown(completion) for completion in completions)
-        trainer.logger.experiment.add_text("samples/text", text, step)
-        first = completions[0]
+            requests = self.make_requests()
+            completions, steps = self._decode(module, requests)
+            text = "\n\n".join(_markdown(completion) for completion in completions)
+            board, first = trainer.logger.experiment, completions[0]
+            board.add_text("samples/text", text, step)
+            if self.trace:
+                _show_unmasking(board, Unmasking.of(module.model, requests[0], first, steps), step)
         print(f"sample at step {step}: {first.text[:100]!r} ({_passes(first)})", flush=True)
 
-    def _decode(self, module: AdaptModule) -> list[Completion]:
-        """Return the answers in the order of the prompts; layers run uncompiled: new shapes would recompile them."""
+    def _decode(self, module: AdaptModule, requests: list[Request]) -> tuple[list[Completion], list[TraceStep]]:
+        """Return the answers in the order of the prompts, and the passes of the first one if it is traced.
+
+        Layers run uncompiled: new shapes would recompile them.
+        """
+        first, *others = requests
         with torch.compiler.set_stance("force_eager"):
+            traced, steps = self.trace(module.model, request=first) if self.trace else (None, [])
             engine = self.make_engine(module.model)
-            completions = sorted(engine.run(self.make_requests()), key=lambda completion: completion.index)
+            answers = engine.run(others if traced else requests)
+            completions = sorted(answers, key=lambda completion: completion.index)
         module.model.train()
-        return completions
+        return [traced, *completions] if traced else completions, steps
+
+
+def _show_unmasking(board: SummaryWriter, unmasking: Unmasking, step: int) -> None:
+    """Write how an answer was unmasked; without matplotlib as text alone."""
+    board.add_text("samples/unmasking", unmasking.describe(), step)
+    if can_draw():
+        board.add_figure("samples/unmasking", unmasking.draw(f"optimizer step {step}"), step)
 
 
 def _passes(completion: Completion) -> str:

@@ -92,6 +92,8 @@ class TrainConfig:
     """Prompts decoded each time, 1 or more."""
     sample_tokens: int = 128
     """Limit on new tokens of a decoded sample, 1 or more."""
+    sample_trace: bool = True
+    """Show how the first sample was unmasked, pass by pass, as text and as a figure in TensorBoard."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     data: DataConfig = field(default_factory=DataConfig)

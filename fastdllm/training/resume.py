@@ -36,6 +36,7 @@ MAY_CHANGE = (  # between two starts of one run: they change neither the weights
     "sample_every",
     "num_samples",
     "sample_tokens",
+    "sample_trace",
     "data.num_workers",
     "data.prepare_per_node",
     "data.loader_workers",

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from fastdllm.data.datamodule import AdaptDataModule
 from fastdllm.decoding.engine import Engine
+from fastdllm.decoding.record import note
 from fastdllm.decoding.rows import Request
 from fastdllm.training.callbacks import Progress, TextSamples, TimeLimit
 from fastdllm.training.clock import Clock
@@ -17,6 +18,7 @@ from fastdllm.training.faults import SkippedSteps
 from fastdllm.training.requeue import StopOnSignal
 from fastdllm.training.resume import SaveCheckpoints
 from fastdllm.training.strategies import SHARDED, cluster_plugins, lightning_precision, make_strategy
+from fastdllm.training.unmasking import can_draw
 
 
 def make_trainer(config: TrainConfig, setup: Setup, callbacks: list[Callback]) -> Trainer:
@@ -61,21 +63,7 @@ def make_callbacks(
     if config.sample_every and setup.strategy in SHARDED:
         rank_zero_only(print)(f"no text samples under {setup.strategy}: no process holds all weights", flush=True)
     elif config.sample_every:
-        callbacks.append(
-            TextSamples(
-                every=config.sample_every,
-                make_requests=lambda: _sample_requests(data, config.num_samples, config.sample_tokens),
-                make_engine=partial(
-                    Engine,
-                    tokenizer=tokenizer,
-                    mode="ar" if config.objective.kind == "autoregressive" else "diffusion",
-                    decode=config.decode,
-                    is_graphed=False,  # a few requests, on weights that training goes on to change
-                    is_fused=False,
-                ),
-                clock=clock,
-            )
-        )
+        callbacks.append(_text_samples(config, data, tokenizer, clock))
     callbacks.append(
         SaveCheckpoints(
             checkpoints,
@@ -88,6 +76,26 @@ def make_callbacks(
         )
     )
     return callbacks
+
+
+def _text_samples(config: TrainConfig, data: AdaptDataModule, tokenizer: Any, clock: Clock) -> TextSamples:
+    options = dict(
+        tokenizer=tokenizer,
+        mode="ar" if config.objective.kind == "autoregressive" else "diffusion",
+        decode=config.decode,
+        is_fused=False,  # a few requests, on weights that training goes on to change
+    )
+    if config.sample_trace and not can_draw():
+        rank_zero_only(print)(
+            "no figure of the sample's unmasking, its text alone: that needs matplotlib (extra eval)", flush=True
+        )
+    return TextSamples(
+        every=config.sample_every,
+        make_requests=lambda: _sample_requests(data, config.num_samples, config.sample_tokens),
+        make_engine=partial(Engine, is_graphed=False, **options),
+        trace=partial(note, **options) if config.sample_trace else None,
+        clock=clock,
+    )
 
 
 def _sample_requests(data: AdaptDataModule, num_samples: int, max_new_tokens: int) -> list[Request]:

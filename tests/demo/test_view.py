@@ -3,10 +3,10 @@
 import html.parser
 import json
 import re
-import shutil
 import time
 
 import pytest
+from browsing import contrast, find, press, until
 
 from fastdllm.decoding.trace import Choice, Trace, TraceStep, Unmasked, write_trace
 from fastdllm.demo import view as view_module
@@ -107,28 +107,6 @@ def test_what_holds_no_trace_is_refused_with_a_way_out(tmp_path, monkeypatch, ca
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def driver():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, of the extra dev")
-    programs = shutil.which("chromium"), shutil.which("chromedriver")
-    if None in programs:
-        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    for word in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--disable-gpu",
-        "--window-size=1200,900",
-    ):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
-    yield browser
-    browser.quit()
-
-
 @pytest.fixture
 def browser(driver, tmp_path):
     """The page of an AR and a diffusion trace, opened from disk; it must end without a message on the console."""
@@ -142,16 +120,6 @@ def browser(driver, tmp_path):
 def texts(browser, panel):
     spans = "[...document.querySelectorAll('.answer')[arguments[0]].children]"
     return browser.execute_script(f"return {spans}.map(s => s.hidden ? '' : s.textContent)", panel)
-
-
-def press(browser, *keys):
-    from selenium.webdriver.common.action_chains import ActionChains
-
-    ActionChains(browser).send_keys(*keys).perform()
-
-
-def find(browser, selector):
-    return browser.find_elements("css selector", selector)
 
 
 def test_steps_show_both_sides_on_one_time_axis(browser):
@@ -188,16 +156,8 @@ def test_playing_runs_at_the_chosen_speed_and_stops_at_the_end(browser):
     assert 1.2 < shown <= played and find(browser, "#play")[0].text == "Play"
     browser.execute_script("state.now = 6.9")
     find(browser, "#play")[0].click()
-    assert _until(lambda: find(browser, "#play")[0].text == "Play")
+    assert until(lambda: find(browser, "#play")[0].text == "Play")
     assert browser.execute_script("return state.now") == 7 and texts(browser, 0)[-1] == "<|im_end|>"
-
-
-def _until(is_met):
-    for _ in range(50):
-        if is_met():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_focus_and_hover_show_alternatives(browser):
@@ -266,21 +226,3 @@ def test_it_is_readable_in_both_schemes_and_widths(browser, scheme, width):
     assert columns == (2 if width == 1200 else 1)
     for selector in ("body", ".meta", ".count", "#play", ".answer span", "#keys"):
         assert contrast(browser, selector) >= 4.5, f"{selector} is hard to read in {scheme}"
-
-
-def contrast(browser, selector):
-    """Return the ratio of relative luminances of text and ground (WCAG 2.1), 1 to 21."""
-    script = """
-      let node = document.querySelector(arguments[0]), ground = node;
-      const colour = name => getComputedStyle(ground)[name].match(/[\\d.]+/g).map(Number);
-      const ink = colour("color");
-      while (ground.parentElement && colour("backgroundColor")[3] === 0) ground = ground.parentElement;
-      return [ink, colour("backgroundColor")];
-    """
-    light, dark = sorted(map(luminance, browser.execute_script(script, selector)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
-
-
-def luminance(rgb):
-    linear = [v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in (value / 255 for value in rgb[:3])]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
