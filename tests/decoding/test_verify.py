@@ -393,7 +393,7 @@ def test_what_cannot_be_verified_or_would_do_nothing_is_refused(byte_tokenizer):
         (("draft_length", 65),): "draft_length must be 1 to 64, or 0 to have it chosen, got 65",
         (("draft_length", -1),): "draft_length must be 1 to 64",
         (("draft_groups", "1,2"),): "from 0 to draft_length .7., got '1,2'",
-        (("draft_groups", "0,9"),): "got '0,9'; try 0,8",
+        (("draft_groups", "0,9"),): "got '0,9'; try 0,7",
         (("draft_groups", "0,3,2"),): "ascending",
         (("draft_groups", "0,x"),): "got '0,x'",
         (("draft_length", 0), ("draft_groups", "0,4")): "needs a draft_length",
