@@ -6,7 +6,8 @@ for bit. On Hopper each kernel may start while the one before it still runs (pro
 its weights into the L2, then waits for the earlier one to be complete before it touches anything else. Since every
 kernel waits, a complete kernel means that all before it are complete. A product lets the next one start only when its
 loop over K has ended: at its beginning was measured to be slower. What reduces rows to an update's rank is so small
-that it leaves room for the next one, which can begin to fetch its weights.
+that it leaves room for the next one: it lets that start as soon as it has itself waited, so that the rows are complete,
+and that product waits for it only behind its own loop, which needs nothing but the rows.
 """
 
 import torch
@@ -19,7 +20,7 @@ from fastdllm.decoding.products import dot, dot_tiles, follow, multiply
 from fastdllm.decoding.tiles import TILES, Settings, Tiles, TileTable, default_tiles, reducing_tiles
 from fastdllm.decoding.updates import LowRankUpdate
 
-PLAIN = dict(RANK=1, SECTIONS=1, REDUCED_PARTS=1, FIRST_END=0, SECOND_END=0, EARLY=False)  # product, nothing added
+PLAIN = dict(RANK=1, SECTIONS=1, REDUCED_PARTS=1, FIRST_END=0, SECOND_END=0, EARLY=False, LATE=False)  # a product alone
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where a difference of two is taken
 
 
@@ -106,7 +107,7 @@ class Kernels:
             reduced, (first_end, second_end) = self._reduce(rows, update), (*update.ends, N)[:2]
             added = (reduced, update.expand, update.gate.view(torch.int8))
             sizes = dict(RANK=update.expand.shape[1], SECTIONS=len(update.ends), REDUCED_PARTS=len(reduced))
-            sizes |= dict(FIRST_END=first_end, SECOND_END=second_end)
+            sizes |= dict(FIRST_END=first_end, SECOND_END=second_end, LATE=self.settings.starts_early)
             self._product(rows, weight, out, tiles, added, GATED=is_gated, **sizes)
         return out[0] if is_gated else out
 
@@ -291,7 +292,7 @@ def _head_tile(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     weight_row, tiles = tl.minimum(column, V - 1), tl.cdiv(C, DEPTH)
-    logits = dot_tiles(hidden, head, tl.minimum(row, R - 1), weight_row, 0, tiles, C, DEPTH, OVERLAP, False)
+    logits = dot_tiles(hidden, head, tl.minimum(row, R - 1), weight_row, 0, tiles, C, DEPTH, OVERLAP, False, False)
     is_allowed = (column < V) & (column != banned)
     logits = tl.where(is_allowed[:, None], logits, -float("inf"))
     best = tl.max(logits, 0)

@@ -26,13 +26,15 @@ def dot(left, right, total):
 @triton.jit
 def dot_tiles(
     rows, weight, row, column, first, last, K: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Return [columns, rows] float32: weight rows `column` times rows `row`, over the tiles of K from first to last.
 
-    The weights stand on the left, since a Hopper product takes 64 from there and as few as 8 from the right.
+    The weights stand on the left, since a Hopper product takes 64 from there and as few as 8 from the right. EARLY: the
+    next kernel starts before the loop, not behind it. LATE: the kernel before is an EARLY one, whose result the loop
+    does not read: wait for it behind the loop.
     """
-    if OVERLAP:
+    if OVERLAP and not LATE:
         LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # of 128 bytes
         LINES: tl.constexpr = (DEPTH + LINE - 1) // LINE
         line = tl.arange(0, LINES) * LINE
@@ -40,9 +42,9 @@ def dot_tiles(
         for tile in range(first, tl.minimum(first + AHEAD, last)):
             address = (weight + column[:, None] * K + (tile * DEPTH + line)[None, :]).to(tl.int64)
             tl.inline_asm_elementwise(code, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+        tl.extra.cuda.gdc_wait()
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     total = tl.zeros([column.shape[0], row.shape[0]], tl.float32)
     for tile in range(first, last):
         at = tile * DEPTH + tl.arange(0, DEPTH)
@@ -57,6 +59,8 @@ def dot_tiles(
         total = dot(left, right, total)
     if OVERLAP and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAP and LATE:
+        tl.extra.cuda.gdc_wait()
     return total
 
 
@@ -96,7 +100,7 @@ def multiply(
     rows, weight, reduced, expand, gate, out, R, N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr,
     SECTIONS: tl.constexpr, REDUCED_PARTS: tl.constexpr, FIRST_END: tl.constexpr, SECOND_END: tl.constexpr,
-    EARLY: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr, LATE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write rows [R, K] times weight [N, K]: out is [PARTS, R, N], or [R, N / 2] if gated.
 
@@ -109,7 +113,7 @@ def multiply(
     last = tl.minimum(first + per_part, tl.cdiv(K, DEPTH))
     paired = tl.minimum(column // 2, N // 2 - 1) + (column % 2) * (N // 2)  # a row of the gate's, one of up's, ...
     weight_row = paired if GATED else tl.minimum(column, N - 1)
-    total = dot_tiles(rows, weight, tl.minimum(row, R - 1), weight_row, first, last, K, DEPTH, OVERLAP, EARLY)
+    total = dot_tiles(rows, weight, tl.minimum(row, R - 1), weight_row, first, last, K, DEPTH, OVERLAP, EARLY, LATE)
     if reduced is not None:  # noqa: SIM102
         if tl.program_id(2) == 0:  # decided when run, and the one above when compiled
             total = add_update(

@@ -38,7 +38,7 @@ class Settings(NamedTuple):
     reduce_depth: int = 2048
     """Of K for one of its programs, at most: what is behind reads every part of its result."""
     starts_early: bool = True
-    """Whether such a product lets the next one start at its beginning: it is small, the next fetches weights."""
+    """Whether such a product and the next one run at the same time: it is small, and the next reads the same rows."""
 
 
 TileTable = dict[tuple[int, int, int], Tiles]  # (rows rounded up to a power of two, N, K) -> best in half precision

@@ -120,13 +120,18 @@ def test_products_equal_plain_ones(R, N, K, tiles, dtype, overlap):
 @pytest.mark.parametrize("starts_early", [False, True])
 def test_products_compile_for_hopper_where_no_gpu_is_needed(starts_early):
     tiles = dict(ROWS=32, COLUMNS=64, DEPTH=64, OVERLAP=True)
-    product = dict(N=128, K=256, PARTS=2, GATED=False, EARLY=starts_early, **tiles)
+    product = dict(N=128, K=256, PARTS=2, GATED=False, EARLY=False, LATE=False, **tiles)
     section = dict(RANK=1, SECTIONS=1, REDUCED_PARTS=1, FIRST_END=128, SECOND_END=128)
     without = product | section | dict.fromkeys(("reduced", "expand", "gate"))
-    compile_for_hopper(products.multiply, ["*bf16", "*bf16", "*fp32", "i32"], without)
-    update = dict(RANK=64, SECTIONS=3, REDUCED_PARTS=5, FIRST_END=64, SECOND_END=96)
+    without["EARLY"] = starts_early
+    reducing = compile_for_hopper(products.multiply, ["*bf16", "*bf16", "*fp32", "i32"], without)
+    assert order(reducing)[0] == "wait"
+    assert order(reducing) == ["wait", "launch", "loop"] or not starts_early  # the next reads what this one waited for
+    update = dict(RANK=64, SECTIONS=3, REDUCED_PARTS=5, FIRST_END=64, SECOND_END=96, LATE=starts_early)
     types = ["*bf16", "*bf16", "*fp32", "*bf16", "*i8"]
-    compile_for_hopper(products.multiply, [*types, "*fp32", "i32"], product | update)
+    updated = compile_for_hopper(products.multiply, [*types, "*fp32", "i32"], product | update)
+    # the second loop is the update's; text behind a branch is in no order, so of the other form only its beginning
+    assert order(updated) == ["loop", "launch", "wait", "loop"] if starts_early else order(updated)[0] == "wait"
     compile_for_hopper(products.multiply, [*types, "*bf16", "i32"], product | update | dict(GATED=True, SECTIONS=2))
     numbers = ["*fp32", "*i32", "i32", "i32"]
     compile_for_hopper(source._head_tile, ["*bf16", "*bf16", *numbers], dict(V=200, C=256, **tiles))
@@ -139,7 +144,16 @@ def compile_for_hopper(kernel, types, sizes):
     constants = {(names.index(name),): value for name, value in sizes.items()}
     program = triton.compiler.ASTSource(kernel, signature, constants)
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    assert "wgmma" in triton.compile(program, target=target, options=dict(num_warps=4, num_stages=3)).asm["ptx"]
+    ptx = triton.compile(program, target=target, options=dict(num_warps=4, num_stages=3)).asm["ptx"]
+    assert "wgmma" in ptx
+    return ptx
+
+
+def order(ptx):
+    """In which order PTX waits for the kernel before, lets the next one start, and multiplies."""
+    names = {"griddepcontrol.wait": "wait", "griddepcontrol.launch_dependents": "launch", "wgmma.mma_async": "loop"}
+    found = [name for line in ptx.splitlines() for code, name in names.items() if code in line]
+    return [name for number, name in enumerate(found) if name != found[number - 1] or number == 0]
 
 
 @kernels_on
