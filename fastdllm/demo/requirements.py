@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 PROJECT = "fastdllm"
-EXTRA = "eval"
+EXTRAS = ("eval", "serve")  # of users; the one of developers is not asked for
 
 
 class Finding(NamedTuple):
@@ -35,8 +35,8 @@ class Requirements(NamedTuple):
     origin: str
     python: SpecifierSet
     needed: list[Requirement]
-    optional: list[Requirement]
-    """Of the extra `eval`."""
+    optional: dict[str, list[Requirement]]
+    """Of each of EXTRAS, without what is needed anyway."""
 
 
 def read_requirements() -> Requirements:
@@ -51,8 +51,9 @@ def read_requirements() -> Requirements:
         return _read_pyproject()
     every = [Requirement(line) for line in metadata.requires(PROJECT) or []]
     needed = [one for one in every if one.marker is None or one.marker.evaluate({"extra": ""})]
-    with_extra = [one for one in every if one.marker is not None and one.marker.evaluate({"extra": EXTRA})]
-    optional = [one for one in with_extra if one not in needed]
+    optional = {
+        extra: [one for one in every if one not in needed and one.marker.evaluate({"extra": extra})] for extra in EXTRAS
+    }
     return Requirements("the installed project", SpecifierSet(found["Requires-Python"] or ""), needed, optional)
 
 
@@ -63,12 +64,12 @@ def _read_pyproject() -> Requirements:
             "versions is known; run `pip install -e .` in a clone."
         )
     project = tomllib.loads(PYPROJECT.read_text())["project"]
-    needed, optional = project["dependencies"], project["optional-dependencies"][EXTRA]
+    extras = project["optional-dependencies"]
     return Requirements(
         PYPROJECT.name,
         SpecifierSet(project["requires-python"]),
-        [Requirement(line) for line in needed],
-        [Requirement(line) for line in optional],
+        [Requirement(line) for line in project["dependencies"]],
+        {extra: [Requirement(line) for line in extras.get(extra, [])] for extra in EXTRAS},
     )
 
 
@@ -77,8 +78,8 @@ def check_libraries(requirements: Requirements) -> list[Finding]:
     version, wanted = platform.python_version(), requirements.python
     advice = "" if wanted.contains(version, prereleases=True) else f"make a virtual environment of a Python {wanted}"
     findings = [Finding("Python", f"{version} ({wanted})", advice)]
-    findings += [_check_library(one, is_needed=True) for one in requirements.needed]
-    return findings + [_check_library(one, is_needed=False) for one in requirements.optional]
+    findings += [_check_library(one) for one in requirements.needed]
+    return findings + [_check_library(one, extra) for extra, some in requirements.optional.items() for one in some]
 
 
 def absent_libraries(requirements: Requirements) -> list[str]:
@@ -86,10 +87,10 @@ def absent_libraries(requirements: Requirements) -> list[str]:
     return [one.name for one in requirements.needed if _version(one.name) is None]
 
 
-def _check_library(wanted: Requirement, is_needed: bool) -> Finding:
-    found = _version(wanted.name)
+def _check_library(wanted: Requirement, extra: str = "") -> Finding:
+    found, is_needed = _version(wanted.name), not extra
     if found is None:
-        command = f'pip install "{wanted.name}{wanted.specifier}"' if is_needed else f'pip install -e ".[{EXTRA}]"'
+        command = f'pip install "{wanted.name}{wanted.specifier}"' if is_needed else f'pip install -e ".[{extra}]"'
         return Finding(wanted.name, f"absent ({wanted.specifier})", command, is_needed)
     is_in_range = wanted.specifier.contains(found, prereleases=True)  # a local or preview build is judged by its number
     advice = "" if is_in_range else f'pip install "{wanted.name}{wanted.specifier}"'

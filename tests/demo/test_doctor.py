@@ -175,7 +175,8 @@ def test_a_disk_without_room_or_rights_is_named(tmp_path, monkeypatch):
 def fake_pyproject(folder, dependencies, python=">=3.11"):
     file = folder / "pyproject.toml"
     lines = [f'requires-python = "{python}"', f"dependencies = {dependencies}"]
-    file.write_text("\n".join(["[project]", *lines, "[project.optional-dependencies]", 'eval = ["absent-extra>=1"]']))
+    extras = ["[project.optional-dependencies]", 'eval = ["absent-extra>=1"]', 'serve = ["absent-server>=1"]']
+    file.write_text("\n".join(["[project]", *lines, *extras]))
     return file
 
 
@@ -196,11 +197,12 @@ def pyproject(tmp_path, monkeypatch):
 
 def test_versions_out_of_range_say_what_to_install(pyproject):
     pyproject(["torch>=99", "packaging>=1"], python=">=3.99")
-    python, torch_line, packaging_line, extra = check_libraries(read_requirements())
+    python, torch_line, packaging_line, *extras = check_libraries(read_requirements())
     assert python.is_wrong and "3.99" in python.advice
     assert torch_line == Finding("torch", f"{torch.__version__} (>=99)", 'pip install "torch>=99"')
     assert not packaging_line.advice
-    assert not extra.is_wrong and extra.advice == 'pip install -e ".[eval]"'
+    assert not any(extra.is_wrong for extra in extras)
+    assert [extra.advice for extra in extras] == ['pip install -e ".[eval]"', 'pip install -e ".[serve]"']
 
 
 def test_an_absent_library_ends_the_look_around(pyproject, capsys):
@@ -217,12 +219,17 @@ def test_the_installed_project_s_ranges_come_first(tmp_path, monkeypatch):
     folder.mkdir()
     lines = ["Metadata-Version: 2.1", "Name: fastdllm", "Version: 9.9", "Requires-Python: >=3.10"]
     lines += ["Requires-Dist: torch>=2", 'Requires-Dist: lm-eval>=0.4; extra == "eval"']
+    lines += ['Requires-Dist: uvicorn; extra == "serve"']
     lines += ['Requires-Dist: pytest; extra == "dev"', 'Requires-Dist: winonly; sys_platform == "win32"']
     (folder / "METADATA").write_text("\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(tmp_path)
     found = read_requirements()
     assert (found.origin, str(found.python)) == ("the installed project", ">=3.10")
-    assert found.needed == [Requirement("torch>=2")] and [one.name for one in found.optional] == ["lm-eval"]
+    assert found.needed == [Requirement("torch>=2")]
+    assert {extra: [one.name for one in some] for extra, some in found.optional.items()} == {
+        "eval": ["lm-eval"],
+        "serve": ["uvicorn"],
+    }
 
 
 def test_without_any_ranges_it_says_how_to_get_them(tmp_path, monkeypatch):
