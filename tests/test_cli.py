@@ -1,11 +1,15 @@
 """Command lines: every right form is read, every wrong one is answered with the nearest right one."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from fastdllm import cli
+from fastdllm.__main__ import COMMANDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,3 +124,51 @@ def test_a_file_that_is_not_yaml_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.parse(Outer, ["--config", str(path)])
     assert "the section inner" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cofig", "x.yaml"], "unknown flag --cofig; did you mean --config?"),
+        (["configs/demo.yaml"], "configs/demo.yaml stands behind no option; did you mean --config configs/demo.yaml?"),
+        (["--fresh", "runs/demo", "runs/two"], "runs/two stands behind no option; give it as --NAME VALUE"),
+        (["--max_steps", "0,9"], "Parser key \"max_steps\": Expected a <class 'int'>. Got value: 0,9; "),
+    ],
+)
+def test_a_word_without_its_option_is_answered_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(Outer, arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("-m fastdllm export", "the following arguments are required: run; python -m fastdllm export --help explains"),
+        ("-m fastdllm export runs/demo", "runs/demo stands behind no option; did you mean --run runs/demo?"),
+        ("-m fastdllm doctr", "got 'doctr' (did you mean doctor?)"),
+        ("-S train.py --help", "jsonargparse is not installed for"),
+        ("-S train.py --help", "run `. .venv/bin/activate` first"),
+    ],
+)
+def test_a_program_says_how_it_is_called(words, message):
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, *words.split()], cwd=root, capture_output=True, text=True)
+    assert done.returncode and not done.stdout and message in done.stderr
+
+
+def test_the_commands_are_listed_with_what_they_do(capsys):
+    def sing(arguments):
+        """Sing a song."""
+
+    cli.run_command("choir", {"sing": sing}, ["--help"])
+    assert "  sing  Sing a song." in capsys.readouterr().out
+    for words in ([], ["sign"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.run_command("choir", {"sing": sing}, words)
+        assert stopped.value.code == 2 and "Sing a song." in capsys.readouterr().err
+
+
+def test_every_command_says_what_it_does():
+    assert all(action.__doc__ for action in COMMANDS.values())
