@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import inspect
 import itertools
 import sys
@@ -21,6 +22,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 Config = TypeVar("Config")
+NOT_USABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR)  # for users to mend
 HELP_FLAGS = ("--help", "-h")
 RESERVED_FLAGS = (*HELP_FLAGS, "--config", "--print_config")
 
@@ -59,6 +61,10 @@ def run(config_class: type[Config], action: Callable[[Config], object], argv: li
         if package not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents:
             raise  # not a message of ours: the traceback is needed
         _refuse(str(error))
+    except OSError as error:
+        if error.errno not in NOT_USABLE:
+            raise
+        _refuse(f"{error.filename or 'the disk'} cannot be used: {error.strerror}; mend that, or name another place.")
 
 
 def run_command(program: str, commands: dict[str, Callable[[list[str]], None]], arguments: list[str]) -> None:

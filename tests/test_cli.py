@@ -172,3 +172,13 @@ def test_the_commands_are_listed_with_what_they_do(capsys):
 
 def test_every_command_says_what_it_does():
     assert all(action.__doc__ for action in COMMANDS.values())
+
+
+def test_a_place_without_rights_is_named_in_a_line_and_other_faults_of_files_are_shown_whole(tmp_path, capsys):
+    (tmp_path / "runs").touch()
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(Outer, lambda config: (tmp_path / "runs" / "demo").mkdir(), [])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/runs/demo cannot be used: Not a directory; mend")
+    with pytest.raises(OSError, match="too many"):
+        cli.run(Outer, lambda config: (_ for _ in ()).throw(OSError(24, "too many")), [])
