@@ -6,6 +6,7 @@ import difflib
 import errno
 import inspect
 import itertools
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,7 @@ except ModuleNotFoundError as error:
 
 Config = TypeVar("Config")
 NOT_USABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR)  # for users to mend
+INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells give
 HELP_FLAGS = ("--help", "-h")
 RESERVED_FLAGS = (*HELP_FLAGS, "--config", "--print_config")
 
@@ -65,6 +67,9 @@ def run(config_class: type[Config], action: Callable[[Config], object], argv: li
         if error.errno not in NOT_USABLE:
             raise
         _refuse(f"{error.filename or 'the disk'} cannot be used: {error.strerror}; mend that, or name another place.")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # Ctrl-C: a traceback would say nothing that the user does not know
+        raise SystemExit(INTERRUPTED) from None
 
 
 def run_command(program: str, commands: dict[str, Callable[[list[str]], None]], arguments: list[str]) -> None:

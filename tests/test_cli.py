@@ -9,7 +9,8 @@ from typing import Literal
 import pytest
 
 from fastdllm import cli
-from fastdllm.__main__ import COMMANDS
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +154,7 @@ def test_a_word_without_its_option_is_answered_in_one_line(arguments, message, c
     ],
 )
 def test_a_program_says_how_it_is_called(words, message):
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, *words.split()], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode and not done.stdout and message in done.stderr
 
 
@@ -170,8 +170,12 @@ def test_the_commands_are_listed_with_what_they_do(capsys):
         assert stopped.value.code == 2 and "Sing a song." in capsys.readouterr().err
 
 
-def test_every_command_says_what_it_does():
-    assert all(action.__doc__ for action in COMMANDS.values())
+@pytest.mark.parametrize("program", ["fastdllm", "fastdllm.demo"])
+def test_every_command_says_what_it_does(program):
+    done = subprocess.run([sys.executable, "-m", program, "--help"], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.split("\n\n")[1].splitlines()
+    assert not done.returncode and any(line.split()[0] == "chat" for line in lines)
+    assert all(line.endswith(".") and len(line.split()) > 3 for line in lines)
 
 
 def test_a_place_without_rights_is_named_in_a_line_and_other_faults_of_files_are_shown_whole(tmp_path, capsys):
@@ -182,3 +186,9 @@ def test_a_place_without_rights_is_named_in_a_line_and_other_faults_of_files_are
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/runs/demo cannot be used: Not a directory; mend")
     with pytest.raises(OSError, match="too many"):
         cli.run(Outer, lambda config: (_ for _ in ()).throw(OSError(24, "too many")), [])
+
+
+def test_ctrl_c_ends_without_a_traceback_and_with_the_status_of_shells(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(Outer, lambda config: (_ for _ in ()).throw(KeyboardInterrupt()), [])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
