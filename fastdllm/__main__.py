@@ -36,12 +36,18 @@ class CurvesConfig:
 
 
 def export(arguments: list[str]) -> None:
-    from fastdllm.training.export import export_run
+    """Write a run's newest checkpoint as an HF folder."""
+    run(ExportConfig, _export, arguments)
 
-    run(ExportConfig, lambda config: export_run(config.run), arguments)
+
+def _export(config: ExportConfig) -> None:
+    from fastdllm.training.export import export_run  # read behind the options: it takes seconds, and a slip none
+
+    export_run(config.run)
 
 
 def convert(arguments: list[str]) -> None:
+    """Turn a hub id or a GGUF file into a local HF folder."""
     run(ConvertConfig, _convert, arguments)
 
 
@@ -65,46 +71,53 @@ def _convert(config: ConvertConfig) -> None:
 
 
 def curves(arguments: list[str]) -> None:
+    """Draw the training curves of runs as a picture."""
+    run(CurvesConfig, _curves, arguments)
+
+
+def _curves(config: CurvesConfig) -> None:
     from fastdllm.evaluation.plots import draw_curves
 
-    run(
-        CurvesConfig,
-        lambda config: print(draw_curves({Path(f).name: f for f in config.runs}, config.output)),
-        arguments,
-    )
+    print(draw_curves({Path(folder).name: folder for folder in config.runs}, config.output))
 
 
 def inspect_data(arguments: list[str]) -> None:
+    """Show samples, labels, blocks and masks of a training run."""
     from fastdllm.demo.inspect_data import main
 
     main(arguments)
 
 
 def distill(arguments: list[str]) -> None:
+    """Let a model answer prompts, as training data."""
     from fastdllm.distill import main
 
     main(arguments)
 
 
 def doctor(arguments: list[str]) -> None:
+    """Say what this machine can do, what is missing, and whether a training run fits."""
     from fastdllm.demo.doctor import main
 
     main(arguments)
 
 
 def view(arguments: list[str]) -> None:
+    """Write a page that plays the traces of a run."""
     from fastdllm.demo.view import main
 
     main(arguments)
 
 
 def chat(arguments: list[str]) -> None:
+    """Talk to a model, in the terminal or with --web in the browser."""
     from fastdllm.demo.chat import main
 
     main(arguments)
 
 
 def serve(arguments: list[str]) -> None:
+    """Answer OpenAI's clients over HTTP."""
     from fastdllm.serving.command import main
 
     main(arguments)

@@ -1,19 +1,32 @@
 """Command lines: a YAML file plus flags become one frozen dataclass; a wrong key is answered with the nearest one."""
 
+import argparse
 import dataclasses
 import difflib
+import errno
+import inspect
 import itertools
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import jsonargparse
-import yaml
+try:  # the first library that any program of ours reads: where it is absent, all are
+    import jsonargparse
+    import yaml
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"{error.name} is not installed for {sys.executable}. After `make demo` everything is in .venv: run "
+        '`. .venv/bin/activate` first; or install it here with `python -m pip install -e ".[eval,serve]"`.'
+    ) from None
 
 Config = TypeVar("Config")
-RESERVED_FLAGS = ("--help", "-h", "--config", "--print_config")
+NOT_USABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR)  # for users to mend
+INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells give
+HELP_FLAGS = ("--help", "-h")
+RESERVED_FLAGS = (*HELP_FLAGS, "--config", "--print_config")
 
 
 def parse(config_class: type[Config], argv: list[str] | None = None) -> Config:
@@ -26,11 +39,16 @@ def parse(config_class: type[Config], argv: list[str] | None = None) -> Config:
     fields = _leaf_fields(config_class)
     arguments = _fill_bare_flags(arguments, fields)
     _check_flags(arguments, fields)
+    _check_words(arguments, fields)
     _check_files(arguments, fields)
     arguments = _files_first(arguments)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
-        return jsonargparse.auto_cli(config_class, as_positional=False, args=arguments)
+        return jsonargparse.auto_cli(
+            config_class, as_positional=False, args=arguments, prog=_program(), exit_on_error=False
+        )
+    except argparse.ArgumentError as error:  # the usage of 80 options, which goes with it, would hide the one line
+        _refuse(f"{' '.join(str(error).split())}; {_program()} --help explains every option.")
     except ValueError as error:  # a check in some __post_init__: the message is the answer, not the traceback
         _refuse(str(error))
 
@@ -45,14 +63,27 @@ def run(config_class: type[Config], action: Callable[[Config], object], argv: li
         if package not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents:
             raise  # not a message of ours: the traceback is needed
         _refuse(str(error))
+    except OSError as error:
+        if error.errno not in NOT_USABLE:
+            raise
+        _refuse(f"{error.filename or 'the disk'} cannot be used: {error.strerror}; mend that, or name another place.")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # Ctrl-C: a traceback would say nothing that the user does not know
+        raise SystemExit(INTERRUPTED) from None
 
 
 def run_command(program: str, commands: dict[str, Callable[[list[str]], None]], arguments: list[str]) -> None:
-    """Run the command named by the first argument; without a known one, list them and exit with status 2."""
+    """Run the command named by the first argument; `--help` lists them, and a wrong name ends with status 2."""
     name, *rest = arguments or [""]
+    width = max(map(len, commands))
+    lines = "\n".join(f"  {command:<{width}}  {inspect.getdoc(action)}" for command, action in commands.items())
+    if name in HELP_FLAGS:
+        print(f"python -m {program} COMMAND [OPTIONS]; COMMAND --help explains the options.\n\n{lines}")
+        return
     if name not in commands:
-        lines = "\n".join(f"  python -m {program} {command} --help" for command in commands)
-        _refuse(f"command must be one of these, got {name!r}:\n{lines}")
+        nearest = difflib.get_close_matches(name, commands, n=1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+        _refuse(f"python -m {program} wants one of these commands, got {name!r}{hint}:\n{lines}")
     commands[name](rest)
 
 
@@ -105,7 +136,28 @@ def _check_flags(arguments: list[str], fields: dict[str, dataclasses.Field]) -> 
     for argument in arguments:
         flag = argument.split("=", 1)[0]
         if flag.startswith("--") and flag not in RESERVED_FLAGS and flag[2:] not in {*fields, *groups}:
-            _refuse_unknown("flag", flag, [f"--{name}" for name in fields])
+            _refuse_unknown("flag", flag, [*(f"--{name}" for name in fields), *RESERVED_FLAGS])
+
+
+def _check_words(arguments: list[str], fields: dict[str, dataclasses.Field]) -> None:
+    """Refuse a word that is no option's value, and name the option that it was probably meant for."""
+    if any(flag in arguments for flag in HELP_FLAGS):
+        return
+    for before, word in itertools.pairwise(["", *arguments]):
+        is_value = before.startswith("--") and "=" not in before and before != "--print_config"
+        if not is_value and not word.startswith("-"):
+            option = _option_for(word, fields)
+            hint = f"did you mean {option} {word}?" if option else "give it as --NAME VALUE, and a list as [a,b]."
+            _refuse(f"{word} stands behind no option; {hint}")
+
+
+def _option_for(word: str, fields: dict[str, dataclasses.Field]) -> str:
+    """Return the flag that takes a file or folder like this one; empty: none, or it is not clear which."""
+    by_suffix = {".yaml": "config", ".yml": "config", ".jsonl": "data.path", ".gz": "data.path"}
+    name = by_suffix.get(Path(word).suffix, "")
+    if not name and ("/" in word or Path(word).exists()):
+        name = next((field for field in ("checkpoint", "run") if field in fields), "")
+    return f"--{name}" if name == "config" or name in fields else ""
 
 
 def _check_files(arguments: list[str], fields: dict[str, dataclasses.Field]) -> None:
@@ -134,6 +186,17 @@ def _files_first(arguments: list[str]) -> list[str]:
     is_name = [argument == "--config" for argument in ["", *arguments]]
     files = [a for a, flag, name in zip(arguments, is_file, is_name, strict=False) if flag or name]
     return files + [a for a, flag, name in zip(arguments, is_file, is_name, strict=False) if not (flag or name)]
+
+
+def _program() -> str:
+    """Return how this process was started, without its options: `python train.py`, `python -m fastdllm chat`."""
+    module = vars(sys.modules["__main__"]).get("__spec__")
+    script = Path(sys.argv[0]).name
+    if module is None and script.endswith(".py"):
+        return f"python {script}"
+    started = f"python -m {module.name.removesuffix('.__main__')}" if module is not None else script
+    has_command = module is None or module.name.endswith(".__main__")
+    return " ".join([started, *(word for word in sys.argv[1:2] if has_command and not word.startswith("-"))])
 
 
 def _refuse_unknown(kind: str, name: str, known: list[str], where: str = "") -> None:

@@ -276,6 +276,9 @@ def test_sources_that_do_not_exist_say_what_to_give(tmp_path, monkeypatch):
     for source in (str(tmp_path / "absent"), "absent.gguf", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="give an HF folder, a .gguf file or a hub id"):
             load_checkpoint(source)
+    (tmp_path / "tiny-adapted").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"does not exist \(did you mean {tmp_path}/tiny-adapted\?\)"):
+        load_checkpoint(str(tmp_path / "tiny-adaptd"))
     (tmp_path / "weights.bin").touch()
     with pytest.raises(ValueError, match="no .gguf"):
         load_checkpoint(str(tmp_path / "weights.bin"))

@@ -1,11 +1,16 @@
 """Command lines: every right form is read, every wrong one is answered with the nearest right one."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from fastdllm import cli
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,3 +125,70 @@ def test_a_file_that_is_not_yaml_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.parse(Outer, ["--config", str(path)])
     assert "the section inner" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cofig", "x.yaml"], "unknown flag --cofig; did you mean --config?"),
+        (["configs/demo.yaml"], "configs/demo.yaml stands behind no option; did you mean --config configs/demo.yaml?"),
+        (["--fresh", "runs/demo", "runs/two"], "runs/two stands behind no option; give it as --NAME VALUE"),
+        (["--max_steps", "0,9"], "Parser key \"max_steps\": Expected a <class 'int'>. Got value: 0,9; "),
+    ],
+)
+def test_a_word_without_its_option_is_answered_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(Outer, arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("-m fastdllm export", "the following arguments are required: run; python -m fastdllm export --help explains"),
+        ("-m fastdllm export runs/demo", "runs/demo stands behind no option; did you mean --run runs/demo?"),
+        ("-m fastdllm doctr", "got 'doctr' (did you mean doctor?)"),
+        ("-S train.py --help", "jsonargparse is not installed for"),
+        ("-S train.py --help", "run `. .venv/bin/activate` first"),
+    ],
+)
+def test_a_program_says_how_it_is_called(words, message):
+    done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and not done.stdout and message in done.stderr
+
+
+def test_the_commands_are_listed_with_what_they_do(capsys):
+    def sing(arguments):
+        """Sing a song."""
+
+    cli.run_command("choir", {"sing": sing}, ["--help"])
+    assert "  sing  Sing a song." in capsys.readouterr().out
+    for words in ([], ["sign"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.run_command("choir", {"sing": sing}, words)
+        assert stopped.value.code == 2 and "Sing a song." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["fastdllm", "fastdllm.demo"])
+def test_every_command_says_what_it_does(program):
+    done = subprocess.run([sys.executable, "-m", program, "--help"], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.split("\n\n")[1].splitlines()
+    assert not done.returncode and any(line.split()[0] == "chat" for line in lines)
+    assert all(line.endswith(".") and len(line.split()) > 3 for line in lines)
+
+
+def test_a_place_without_rights_is_named_in_a_line_and_other_faults_of_files_are_shown_whole(tmp_path, capsys):
+    (tmp_path / "runs").touch()
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(Outer, lambda config: (tmp_path / "runs" / "demo").mkdir(), [])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/runs/demo cannot be used: Not a directory; mend")
+    with pytest.raises(OSError, match="too many"):
+        cli.run(Outer, lambda config: (_ for _ in ()).throw(OSError(24, "too many")), [])
+
+
+def test_ctrl_c_ends_without_a_traceback_and_with_the_status_of_shells(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(Outer, lambda config: (_ for _ in ()).throw(KeyboardInterrupt()), [])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"

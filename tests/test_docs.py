@@ -45,6 +45,8 @@ RUN = {  # commands that end in seconds as they stand or with these options
 }
 NOT_RUN = {  # by the program: why it is neither run nor parsed
     **dict.fromkeys(("sinfo", "squeue", "sacct", "salloc", "scontrol"), "needs a Slurm controller"),
+    ".": "needs the .venv of make demo",
+    "curl": "needs a server; its body is that of the example in Python",
     "pace-quota": "is a program of PACE",
     "ssh": "needs another machine",
     "tail": "needs a job's log",

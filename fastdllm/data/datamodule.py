@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastdllm.data.documents import Documents, prepare_documents
 from fastdllm.data.packing import LongDocuments, Objective, PackedSamples, Packing, pack
-from fastdllm.data.sources import SourceConfig
+from fastdllm.data.sources import SourceConfig, check_source
 from fastdllm.draft import DraftConfig, draft_windows, draw_anchors
 from fastdllm.objective import draw_noise
 
@@ -71,6 +71,21 @@ class DataConfig(SourceConfig):
         own = {"path": self.validation_path, "split": self.validation_split or self.split, "limit": 0}
         source = replace(self, **own, validation_path="", validation_split="")
         return replace(source, subset="") if source.files else source
+
+    def check_sources(self) -> None:
+        """Make sure that what is trained on and what validates can be read.
+
+        Raises:
+            FileNotFoundError, ValueError: what is missing, and what to do.
+        """
+        check_source(self)
+        if not self.validation_path:
+            return
+        try:
+            check_source(self.validation_source, option="data.validation_path")
+        except (FileNotFoundError, ValueError) as error:  # often a demo's own set, beside data that the user named
+            way_out = 'To hold out documents of data.path instead: --data.validation_path ""'
+            raise type(error)(f"{error} {way_out}.") from error
 
 
 @dataclass(frozen=True)
@@ -217,6 +232,7 @@ class AdaptDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenise and pack; one process of the job, or of each node, does it, and the others then find the files."""
         config = self.config
+        config.check_sources()
         sources = [config, config.validation_source] if config.validation_path else [config]
         self._folders = [
             prepare_documents(source, self.tokenizer, config.cache_dir, config.num_workers) for source in sources

@@ -73,27 +73,29 @@ class MalformedRow(ValueError):
 # ---- reaching the data
 
 
-def check_source(config: SourceConfig, *, needs_response: bool = True) -> None:
+def check_source(config: SourceConfig, *, needs_response: bool = True, option: str = "data.path") -> None:
     """Make sure that the data can be reached and, of local files, that one of the first rows can be read.
 
     A row holds a conversation with an answer, or a prompt alone where no response is needed.
 
+    Args:
+        option: what named the source, for messages.
     Raises:
         FileNotFoundError, ValueError: what is missing, and what to do.
     """
     if not config.path:
         raise ValueError("data.path must name a hub dataset or a .jsonl file, got nothing; try --data.path FILE.jsonl.")
     if config.files:
-        _check_files(config, parse_row if needs_response else parse_prompt)
+        _check_files(config, parse_row if needs_response else parse_prompt, option)
     else:
-        _dataset_builder(config)
+        _dataset_builder(config, option)
 
 
-def _check_files(config: SourceConfig, parse: Callable[[bytes, SourceConfig], Any]) -> None:
+def _check_files(config: SourceConfig, parse: Callable[[bytes, SourceConfig], Any], option: str) -> None:
     for path in config.files:
         if not path.is_file():
             raise FileNotFoundError(
-                f"data.path: no file {path} (looked from {Path.cwd()}); give an existing .jsonl or .jsonl.gz file, "
+                f"{option}: no file {path} (looked from {Path.cwd()}); give an existing .jsonl or .jsonl.gz file, "
                 "or a hub dataset id."
             )
     problems = []
@@ -106,22 +108,22 @@ def _check_files(config: SourceConfig, parse: Callable[[bytes, SourceConfig], An
     else:
         if problems:
             raise ValueError(
-                f"data.path: none of the first {len(problems)} rows of {config.path} is usable; the first: "
+                f"{option}: none of the first {len(problems)} rows of {config.path} is usable; the first: "
                 f"{problems[0]}. data.messages_column, data.prompt_column, data.response_column and "
-                "data.system_column name the columns."
+                "data.system_column name the columns, of all sources alike."
             )
     if config.subset:
         raise ValueError(f"data.subset is for hub datasets, got {config.subset!r} beside local files; leave it empty.")
 
 
-def _dataset_builder(config: SourceConfig) -> datasets.DatasetBuilder:
+def _dataset_builder(config: SourceConfig, option: str = "data.path") -> datasets.DatasetBuilder:
     """Resolve a hub dataset: its files are listed, not downloaded."""
-    way_out = "check its name and the network, or give local files: --data.path FILE.jsonl"
+    way_out = f"check its name and the network, or give local files: --{option} FILE.jsonl"
     try:
         builder = datasets.load_dataset_builder(config.path, config.subset or None)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"data.path: the dataset {config.path!r} cannot be reached ({error}); {way_out}."
+            f"{option}: the dataset {config.path!r} cannot be reached ({error}); {way_out}."
         ) from error
     except ValueError as error:
         raise ValueError(f"data.subset: {error}") from error

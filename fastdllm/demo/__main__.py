@@ -6,6 +6,7 @@ from fastdllm.cli import run_command
 
 
 def run_demo(arguments: list[str]) -> None:
+    """Adapt the bundled model, evaluate it and draw what came out: make demo."""
     from fastdllm.cli import run
     from fastdllm.demo.run import DemoConfig, run_demo
 
@@ -13,12 +14,14 @@ def run_demo(arguments: list[str]) -> None:
 
 
 def view(arguments: list[str]) -> None:
+    """Write a page that plays the traces of a run."""
     from fastdllm.demo.view import main
 
     main(arguments)
 
 
 def chat(arguments: list[str]) -> None:
+    """Talk to a model, in the terminal or with --web in the browser."""
     from fastdllm.demo.chat import main
 
     main(arguments)

@@ -62,6 +62,7 @@ def run_demo(config: DemoConfig) -> list[Row]:
     page = view(ViewConfig(sources=[RUN]))
     print(f"watch the answers appear, AR beside diffusion: open {page} in a browser")
     print(f"figure: {figure}; rows: {RUN}/rows; curves: tensorboard --logdir runs")
+    print(f"to go on: . .venv/bin/activate, then python -m fastdllm chat --checkpoint {ADAPTED}; README.md has more")
     print(f"demo finished in {(time.perf_counter() - started) / 60:.1f} minutes")
     return rows
 

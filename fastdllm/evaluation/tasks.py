@@ -12,6 +12,7 @@ import lm_eval.tasks
 import nltk
 import numpy as np
 from datasets import get_dataset_config_names
+from datasets.exceptions import DatasetNotFoundError
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
@@ -63,7 +64,7 @@ def load_task(task: str, offline: str = "") -> LoadedTask:
     random.seed(0)  # the seeds under which lm-eval loads tasks: some shuffle their choices then
     np.random.seed(1234)
     with code_metric() if task in CODE_TASKS else contextlib.nullcontext():
-        loaded = manager.load([spec])
+        loaded = _load(manager, spec, task)
     tops = list(loaded["groups"].values())[:1] or list(loaded["tasks"].values())  # the outermost group comes first
     for member in loaded["tasks"].values():
         if member.config.repeats > 1:
@@ -72,6 +73,16 @@ def load_task(task: str, offline: str = "") -> LoadedTask:
                 "choose its variant with one answer a problem."
             )
     return LoadedTask(name=task, manager=manager, members=loaded["tasks"], wanted=tops)
+
+
+def _load(manager: TaskManager, spec: Spec, task: str) -> dict[str, Any]:
+    try:
+        return manager.load([spec])
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise FileNotFoundError(
+            f"the data of task {task} cannot be read ({error}); check the network, or give a folder with it, laid out "
+            "by hub id: --offline DIR (docs/tasks.md)."
+        ) from error
 
 
 def find_task(task: str, offline: str = "") -> tuple[TaskManager, Spec]:

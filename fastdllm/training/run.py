@@ -15,7 +15,6 @@ from fastdllm.adapter import add_adapter, num_adapter_parameters
 from fastdllm.checkpoint import Checkpoint, empty_model, load_checkpoint
 from fastdllm.cli import to_yaml
 from fastdllm.data.datamodule import AdaptDataModule
-from fastdllm.data.sources import check_source
 from fastdllm.masks import FLEX_TILE
 from fastdllm.model import BlockDiffusionLM
 from fastdllm.runtime import device_name, memory_bytes, pick_device, write_text
@@ -150,9 +149,7 @@ def _check_source(config: TrainConfig, source: Checkpoint) -> None:
 
 def check_data(config: TrainConfig, setup: Setup) -> None:
     """Raise ValueError or FileNotFoundError for data that cannot be reached, or samples of a length that cannot be."""
-    check_source(config.data)
-    if config.data.validation_path:
-        check_source(config.data.validation_source)
+    config.data.check_sources()
     length = config.data.sample_length
     if setup.accelerator == "cuda" and length % FLEX_TILE:
         raise ValueError(f"data.sample_length must be a multiple of {FLEX_TILE} (FlexAttention's tile), got {length}.")

@@ -265,3 +265,14 @@ def test_rows_that_fit_no_column_are_found_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="none of the first 3 rows .*'prompt'.*data.prompt_column"):
         check_source(SourceConfig(path=path))
     check_source(SourceConfig(path=path, prompt_column="question", response_column="answer"))
+
+
+def test_a_validation_set_that_cannot_be_read_is_named_with_the_way_out(tmp_path):
+    own = write_lines(tmp_path / "own.jsonl", [{"question": "p", "answer": "r"}] * 3)
+    other = write_lines(tmp_path / "other.jsonl", [{"prompt": "p", "response": "r"}] * 3)
+    columns = {"prompt_column": "question", "response_column": "answer"}
+    with pytest.raises(ValueError, match=r"^data.validation_path: none .*: --data.validation_path \"\"\.$"):
+        DataConfig(path=own, validation_path=other, **columns).check_sources()
+    with pytest.raises(FileNotFoundError, match=r"^data.validation_path: no file absent.jsonl"):
+        DataConfig(path=own, validation_path="absent.jsonl", **columns).check_sources()
+    DataConfig(path=own, **columns).check_sources()

@@ -143,3 +143,12 @@ def test_ifeval_is_refused_without_its_sentence_splitter_before_it_is_loaded(mon
     (tmp_path / "tokenizers" / "punkt_tab" / "english").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="google/IFEval"):
         load_task("ifeval", offline=str(tmp_path))
+
+
+def test_a_task_whose_data_the_network_does_not_give_names_the_way_out(monkeypatch):
+    def unreachable(*arguments):
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", unreachable)
+    with pytest.raises(FileNotFoundError, match="task gsm8k cannot be read .*Couldn't reach.*--offline DIR"):
+        load_task("gsm8k")
