@@ -76,6 +76,7 @@ class Service:
         self._changed = threading.Condition()
         self._waiting: dict[Setting, deque[Answer]] = {}
         self._cancelled: list[Answer] = []
+        self._placed: deque[tuple[Lane, Answer]] = deque()  # that no longer wait and have not begun
         self._lanes: dict[Setting, Lane] = {}  # the one used last stands last
         self._closed = ""  # why, once it is
         self._num_submitted = 0
@@ -213,13 +214,15 @@ class Service:
             cancelled, self._cancelled = self._cancelled, []
             for answer in cancelled:
                 self._forget(answer)
-            placed, retired = self._assign()
+            retired = self._assign()
+        for answer in cancelled:
+            answer.fail("the request was cancelled.", is_cancelled=True)
         for answer in cancelled:
             any(lane.drop(answer) for lane in self._lanes.values())
-            answer.fail("the request was cancelled.", is_cancelled=True)
         for lane in retired:
             lane.close()
-        for lane, answer in placed:
+        while self._placed:
+            lane, answer = self._placed.popleft()
             lane.take(answer)
         return True
 
@@ -239,19 +242,19 @@ class Service:
             if not queue:
                 del self._waiting[answer.setting]
 
-    def _assign(self) -> tuple[list[tuple[Lane, Answer]], list[Lane]]:
-        """Return which waiting answers begin in which lane, and the lanes that make room for new ones."""
-        placed, retired = [], []
+    def _assign(self) -> list[Lane]:
+        """Place the waiting answers that can begin in their lanes; return the lanes that make room for new ones."""
+        retired = []
         for setting in sorted(self._waiting, key=lambda setting: self._waiting[setting][0].submitted):
             lane, queue = self._lane(setting, retired), self._waiting[setting]
             if lane is None:  # nobody behind it begins before one of the others is idle and makes room
                 break
             while queue and lane.num_free > 0:
                 lane.reserved += 1
-                placed.append((lane, queue.popleft()))
+                self._placed.append((lane, queue.popleft()))
             if not queue:
                 del self._waiting[setting]
-        return placed, retired
+        return retired
 
     def _lane(self, setting: Setting, retired: list[Lane]) -> Lane | None:
         """Return the setting's lane, a new one if there may be; None if all are busy."""
@@ -279,9 +282,11 @@ class Service:
     def _fail_all(self) -> None:
         with self._changed:
             self._closed = self._closed or "the service is closed."
-            waiting = [answer for queue in self._waiting.values() for answer in queue]
+            left = [answer for _, answer in self._placed]
+            left += [answer for queue in self._waiting.values() for answer in queue]
             self._waiting, self._cancelled = {}, []
+            self._placed.clear()
         for lane in self._lanes.values():
             lane.fail(self._closed)
-        for answer in waiting:
+        for answer in left:
             answer.fail(self._closed)
