@@ -157,6 +157,9 @@ def test_bad_settings_are_refused(byte_tokenizer):
     model = make_model()
     with pytest.raises(ValueError, match="must divide the block size"):
         Engine(model, byte_tokenizer, decode=DecodeConfig(sub_block_size=3))
+    for wrong in (dict(temperature=float("nan")), dict(temperature=float("inf")), dict(top_p=float("nan"))):
+        with pytest.raises(ValueError, match="temperature must be 0 or more and finite, .* got .*(nan|inf)"):
+            DecodeConfig(**wrong)
     with pytest.raises(ValueError, match="use_block_cache"):
         Engine(model, byte_tokenizer, decode=DecodeConfig(use_block_cache=False), reuse=ReuseConfig(reuse_k=2))
     with pytest.raises(ValueError, match="reuse_k"):
