@@ -73,6 +73,11 @@ class DecodeConfig:
         return self.policy == VERIFIED
 
     @property
+    def token_by_token(self) -> "DecodeConfig":
+        """What of this mode ar reads: how a token is drawn."""
+        return DecodeConfig(temperature=self.temperature, top_p=self.top_p)
+
+    @property
     def draft_plan(self) -> DraftPlan | None:
         """What a verifying pass drafts; None: chosen while decoding."""
         return parse_plan(self.draft_length, self.draft_groups)

@@ -103,14 +103,16 @@ class Service:
         """Let a request wait for its turn; return its answer, which fills from now on.
 
         Args:
-            mode, decode: None for the service's own.
+            mode, decode: None for the service's own, of which mode ar takes what it reads.
             is_watched: whether updates tell what is drafted but not final.
         Raises:
             ValueError: a request that is too long or cannot be answered, or settings that do not go together.
             QueueFullError: as many wait already as may. RuntimeError: the service is closed.
         """
-        decode = self.decode if decode is None else decode
-        request, setting = self._place(request, mode or self.mode, decode, reuse or ReuseConfig())
+        mode = mode or self.mode
+        if decode is None:
+            decode = self.decode.token_by_token if mode == "ar" else self.decode
+        request, setting = self._place(request, mode, decode, reuse or ReuseConfig())
         self._check(request)
         answer = Answer(request, setting, is_watched, self._cancel)
         with self._changed:
@@ -159,7 +161,7 @@ class Service:
         if mode == "ar":
             if request.parameter is not None:
                 raise ValueError("a request's parameter has no effect token by token (mode ar); leave it out.")
-            return request, Setting(mode, DecodeConfig(temperature=decode.temperature, top_p=decode.top_p), reuse)
+            return request, Setting(mode, decode.token_by_token, reuse)
         if decode.is_verified:
             if request.parameter is not None:
                 check_parameter(decode.policy, request.parameter)  # which refuses any

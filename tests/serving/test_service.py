@@ -112,6 +112,16 @@ def test_settings_that_mean_the_same_share_an_engine(serve):
     assert service.counts()["engines"] == 2
 
 
+def test_a_service_that_verifies_answers_token_by_token_too(serve, byte_tokenizer):
+    decode = DecodeConfig(policy="verified", temperature=0.8, top_p=0.9)
+    with Service(make_model(context="causal"), byte_tokenizer, decode=decode, max_tokens=100) as service:
+        request = Request(prompt=[1], max_new_tokens=9, seed=5)
+        answer = service.submit(request, mode="ar")
+        assert answer.result().tokens == alone(service, request, mode="ar", decode=decode).tokens
+        with pytest.raises(ValueError, match="verified does nothing in mode ar"):
+            service.submit(request, mode="ar", decode=decode)
+
+
 def test_an_event_loop_reads_answers_as_threads_do(serve):
     service, requests = serve(), make_requests(12, seed=3)
 
