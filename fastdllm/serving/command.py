@@ -89,6 +89,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def host_names(host: str) -> tuple[str, ...]:
+    """Return the names by which clients may call what listens at the address; none: any."""
+    if not is_loopback(host):
+        return ()
+    return tuple(dict.fromkeys((*LOOPBACK_NAMES, f"[{host}]" if ":" in host else host)))
+
+
 def main(arguments: list[str]) -> None:
     """Run the command line."""
     run(ServeConfig, serve, arguments)
@@ -176,10 +183,12 @@ def app_settings(config: ServeConfig):
         key = file.read_text().split("\n", 1)[0].strip()
         if not key:
             raise ValueError(f"{config.api_key_file} must hold the API key in its first line, which is empty.")
+    if not all("!" <= letter <= "~" for letter in key):
+        raise ValueError("an API key must be of printable ASCII characters without spaces, as a header can hold them.")
     return AppSettings(
         name=config.name or Path(config.checkpoint).name,
         api_key=key,
-        hosts=LOOPBACK_NAMES if is_loopback(config.host) else (),
+        hosts=host_names(config.host),
         max_body_bytes=config.max_body_bytes,
         default_new_tokens=config.default_new_tokens,
     )
