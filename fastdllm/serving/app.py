@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import re
 import secrets
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -96,7 +95,6 @@ class Guard:
 class _Endpoints:
     def __init__(self, service: Service, settings: AppSettings):
         self.service, self.settings = service, settings
-        self._tokenizing = threading.Lock()  # a fast tokenizer that is asked by two threads may say "already borrowed"
         self._created = int(time.time())
 
     async def health(self, request: HttpRequest) -> Response:
@@ -149,7 +147,7 @@ class _Endpoints:
 
     def _chat_prompt(self, body: ChatBody) -> list[int]:
         try:
-            with self._tokenizing:
+            with self.service.tokenizing:
                 return chat_prompt(self.service.tokenizer, body.history)
         except TemplateError as error:
             raise ProtocolError(
@@ -157,7 +155,7 @@ class _Endpoints:
             ) from None
 
     def _text_prompts(self, body: TextBody) -> list[list[int]]:
-        with self._tokenizing:
+        with self.service.tokenizing:
             return [
                 self.service.tokenizer(prompt, add_special_tokens=False).input_ids
                 if isinstance(prompt, str)

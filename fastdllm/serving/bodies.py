@@ -97,6 +97,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
+ReuseK = Annotated[int, Field(le=2**31)]  # steps are counted in 64 bits, and no answer has so many
+
+
 class Strict(BaseModel):
     """Values of the wrong type are refused, not converted; so is what is not a field."""
 
@@ -131,7 +134,7 @@ class Body(Strict):
     threshold: float | None = None
     policy: str | None = None
     policy_parameter: float | None = None
-    reuse_k: Annotated[int, Field(le=2**31)] | None = None
+    reuse_k: ReuseK | None = None
     subset: str | None = None
     reuse_mode: str | None = None
 

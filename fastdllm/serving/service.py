@@ -72,6 +72,8 @@ class Service:
         self.decode, self.batch_size = decode or DecodeConfig(), batch_size
         self.max_waiting, self.max_tokens, self.max_engines = max_waiting, max_tokens, max_engines
         self.stop_ids = stop_token_ids(tokenizer)
+        self.tokenizing = threading.Lock()
+        """To be held while text becomes tokens: a fast tokenizer asked by two threads may say "already borrowed"."""
         self._engine_bytes = None if cache_bytes is None else cache_bytes // max_engines
         self._changed = threading.Condition()
         self._waiting: dict[Setting, deque[Answer]] = {}
