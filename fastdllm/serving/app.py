@@ -112,12 +112,13 @@ class _Endpoints:
 
     async def chat(self, request: HttpRequest) -> Response | None:
         body = await self._body(request, ChatBody)
+        self._check_choices(1, body)
         prompt = await run_in_threadpool(self._chat_prompt, body)
         return await self._answer(request, body, [prompt])
 
     async def complete(self, request: HttpRequest) -> Response | None:
         body = await self._body(request, TextBody)
-        _check_choices(len(body.prompt), body)
+        self._check_choices(len(body.prompt), body)
         prompts = await run_in_threadpool(self._text_prompts, body)
         return await self._answer(request, body, prompts)
 
@@ -144,6 +145,13 @@ class _Endpoints:
         body = parse_body(kind, await read_content(request, self.settings.max_body_bytes))
         self._check_name(body.model)
         return body
+
+    def _check_choices(self, num_prompts: int, body: Body) -> None:
+        num_choices, most = body.n or 1, min(MAX_CHOICES, self.service.max_waiting)  # more would never get a place
+        if num_prompts * num_choices > most:
+            raise ProtocolError(
+                400, f"prompts times n must be at most {most}, got {num_prompts} times {num_choices}.", param="n"
+            )
 
     def _chat_prompt(self, body: ChatBody) -> list[int]:
         try:
@@ -201,14 +209,6 @@ class _Endpoints:
     def _limit(self, body: Body, prompt: list[int]) -> int:
         left = max(1, self.service.max_tokens - len(prompt))
         return body.new_tokens or min(self.settings.default_new_tokens, left)
-
-
-def _check_choices(num_prompts: int, body: Body) -> None:
-    num_choices = body.n or 1
-    if num_prompts * num_choices > MAX_CHOICES:
-        raise ProtocolError(
-            400, f"prompts times n must be at most {MAX_CHOICES}, got {num_prompts} times {num_choices}.", param="n"
-        )
 
 
 def _first_seed(body: Body, temperature: float) -> int:
