@@ -26,6 +26,7 @@ from fastdllm.checkpoint import Adaptation, load_checkpoint
 from fastdllm.cli import run, to_dict
 from fastdllm.decoding.config import check_decoding
 from fastdllm.decoding.engine import stop_token_ids
+from fastdllm.decoding.pieces import cut_text
 from fastdllm.decoding.reference import decode_plain, decode_with_stale_keys
 from fastdllm.decoding.rows import Completion, Request
 from fastdllm.evaluation import harness
@@ -105,9 +106,7 @@ class TracingEngine:
             )
             lm.traces[index] = Traced(prompt_length=len(request.prompt), decoded=decoded)
             kept = [token for token in decoded.tokens if token not in stop_ids]  # a stop token is the last
-            text = lm.tokenizer.decode(kept, skip_special_tokens=False)
-            for stop in request.stop_strings:
-                text = text.split(stop, 1)[0]
+            text = cut_text(lm.tokenizer.decode(kept, skip_special_tokens=False), request.stop_strings)
             yield Completion(
                 index=index,
                 tokens=decoded.tokens,

@@ -25,6 +25,7 @@ class PassClock:
         call()
         end.record()
         self._running.append((begin, end))
+        self.read()  # lets go of the events of those that have ended
 
     def read(self, is_waiting: bool = False) -> float:
         """Return the seconds of the passes that have ended, or, waiting for them, of all."""

@@ -1,5 +1,6 @@
 """How a block is unmasked, and what goes together with what."""
 
+import math
 from dataclasses import dataclass
 
 from fastdllm.decoding.drafts import DraftPlan, parse_plan
@@ -43,9 +44,9 @@ class DecodeConfig:
     def __post_init__(self):
         resolve_parameter(self.policy, self.threshold, self.policy_parameter)  # refuses what is wrong or never read
         self._check_drafts()
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1):
             raise ValueError(
-                f"decode.temperature must be 0 or more and decode.top_p in (0, 1], got {self.temperature} and "
+                f"decode.temperature must be 0 or more and finite, decode.top_p in (0, 1], got {self.temperature} and "
                 f"{self.top_p}; temperature 0 is greedy."
             )
         if self.sub_block_size < 1:
@@ -70,6 +71,11 @@ class DecodeConfig:
     def is_verified(self) -> bool:
         """Whether drafts are verified token by token, in place of unmasking blocks."""
         return self.policy == VERIFIED
+
+    @property
+    def token_by_token(self) -> "DecodeConfig":
+        """What of this mode ar reads: how a token is drawn."""
+        return DecodeConfig(temperature=self.temperature, top_p=self.top_p)
 
     @property
     def draft_plan(self) -> DraftPlan | None:

@@ -41,10 +41,13 @@ class TextPieces:
 
 
 def cut_text(text: str, stop_strings: Iterable[str]) -> str:
-    """Return the text before the stop strings, of which each cuts what the one before it has left."""
-    for stop in stop_strings:
-        text = text.split(stop, 1)[0]
-    return text
+    """Return the text before the stop string that is whole first; of those whole at the same place, the longest one.
+
+    So it is the same whether the answer ended there, as token by token, or at the end of a block behind it.
+    """
+    starts = [(text.find(stop), stop) for stop in stop_strings if stop in text]
+    _, start = min(((start + len(stop), start) for start, stop in starts), default=(0, len(text)))
+    return text[:start]
 
 
 def _overlap(text: str, stop: str) -> int:

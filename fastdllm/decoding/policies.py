@@ -14,6 +14,7 @@ from torch import Tensor
 PolicyName = Literal["threshold", "factor", "profile", "entropy", "margin", "fixed", "verified"]
 DEFAULT_POLICY, VERIFIED = "threshold", "verified"
 DEFAULT_THRESHOLD = 0.9  # published with Fast-dLLM v1 and v2
+LARGEST = torch.finfo(torch.float32).max  # of a policy's parameter, which slots keep as float32
 
 
 class Proposals(NamedTuple):
@@ -122,7 +123,7 @@ def comes_first(confidence: Tensor, is_candidate: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ParameterRange:
-    """Which values a policy's parameter may have: low < value <= high, and finite."""
+    """Which values a policy's parameter may have: low < value <= high, and finite in float32."""
 
     default: float
     high: float = math.inf
@@ -130,7 +131,7 @@ class ParameterRange:
     is_whole: bool = False
 
     def __contains__(self, value: float) -> bool:
-        is_inside = self.low < value <= self.high and math.isfinite(value)
+        is_inside = self.low < value <= min(self.high, LARGEST)
         return is_inside and (not self.is_whole or float(value).is_integer())
 
     def __str__(self) -> str:
@@ -263,7 +264,8 @@ def check_parameter(name: str, value: float) -> None:
     if value not in allowed:
         option = "decode.threshold" if name == "threshold" else "decode.policy_parameter"
         way_out = "1.0 is one token per step" if name == "threshold" else f"try {allowed.default:g}"
-        raise ValueError(f"{option} of policy {name} must be {allowed}, got {value}; {way_out}.")
+        limit = f"at most {LARGEST:.2g}" if math.isinf(allowed.high) and value > LARGEST else allowed
+        raise ValueError(f"{option} of policy {name} must be {limit}, got {value}; {way_out}.")
 
 
 def _check_name(name: str) -> None:

@@ -16,10 +16,9 @@ from fastdllm.demo.conversation import ChatSettings, Mode, Speaker
 from fastdllm.demo.listening import Listener
 from fastdllm.demo.terminal import TerminalChat, describe, read_line
 from fastdllm.runtime import device_name
-from fastdllm.serving.command import LOOPBACK_NAMES, address, check_extra, listen, run_app
+from fastdllm.serving.command import LOOPBACK_NAMES, address, check_extra, listen, most_tokens, run_app
 from fastdllm.serving.service import Service
 
-USUAL_TOKENS = 4096  # of a conversation
 WEB_ALONE = ("port", "batch_size")  # without --web there is one conversation, and no server
 
 
@@ -95,10 +94,7 @@ def chat(config: ChatConfig) -> None:
 def _opened(config: ChatConfig, batch_size: int) -> Iterator[Listener]:
     generator = load(config.checkpoint, device=config.device, adapter=config.adapter)
     model, tokenizer = generator.model, generator.tokenizer
-    most = model.qwen.config.max_position_embeddings
-    if config.max_tokens > most:
-        raise ValueError(f"max_tokens must be at most {most}, the positions of this model, got {config.max_tokens}.")
-    limit = config.max_tokens or min(USUAL_TOKENS, most)
+    limit = most_tokens(model, config.max_tokens)
     decode = dataclasses.replace(generator.decode, temperature=config.temperature, top_p=config.top_p)
     speaker = Speaker(model, tokenizer, generator.mode, decode, limit)
     speaker.usual = first_settings(speaker, config)

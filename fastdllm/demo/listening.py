@@ -21,7 +21,8 @@ class Listener:
                 many wait already.
         """
         self.speaker.check(settings)
-        request = self.speaker.request(messages, settings, max_new_tokens or self.max_new_tokens, self.seed)
+        with self.service.tokenizing:
+            request = self.speaker.request(messages, settings, max_new_tokens or self.max_new_tokens, self.seed)
         mode, decode, reuse = self.speaker.options(settings)
         answer = self.service.submit(request, mode=mode, decode=decode, reuse=reuse, is_watched=True)
         return Asked(self.speaker, self.service, answer)

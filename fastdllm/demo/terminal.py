@@ -191,7 +191,8 @@ class TerminalChat:
                 yield lambda moment: pieces.append(moment.text)
             finally:
                 if pieces:
-                    print("".join(pieces), file=self.console.file, flush=True)  # as it is, to the letter
+                    text = "".join(pieces)  # through a pipe as it is, to the letter
+                    print(visible(text) if self.console.is_terminal else text, file=self.console.file, flush=True)
             return
         options = dict(transient=True, auto_refresh=self.frames > 0, refresh_per_second=self.frames or 1)
         with Live(console=self.console, vertical_overflow="crop", **options) as live:

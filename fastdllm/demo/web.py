@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from pydantic import Field, ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
@@ -15,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from fastdllm.demo.conversation import ChatSettings, Mode, Speaker
 from fastdllm.demo.listening import Asked, Listener
 from fastdllm.serving.app import as_protocol_error, read_content
-from fastdllm.serving.bodies import Strict
+from fastdllm.serving.bodies import ReuseK, Strict
 from fastdllm.serving.errors import ProtocolError
 
 TEMPLATE = Path(__file__).with_name("chat.html")
@@ -45,7 +46,7 @@ class Wanted(Strict):
 
     mode: Mode | None = None
     threshold: float | None = None
-    reuse_k: int | None = None
+    reuse_k: ReuseK | None = None
     subset: str | None = None
 
 
@@ -67,7 +68,8 @@ def chat_routes(speaker: Speaker, listener: Listener, *, name: str, system: str)
     async def answer(request: Request) -> Response:
         question = await _question(request)
         try:
-            asked = listener.ask(
+            asked = await run_in_threadpool(  # tokens of a long text take their time
+                listener.ask,
                 [turn.model_dump() for turn in question.messages],
                 dataclasses.replace(speaker.usual, **question.settings.model_dump(exclude_none=True)),
                 question.max_new_tokens,

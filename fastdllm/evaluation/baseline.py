@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastdllm.decoding.engine import stop_token_ids
+from fastdllm.decoding.pieces import cut_text
 from fastdllm.decoding.reference import decode_with_transformers
 from fastdllm.decoding.rows import Completion, Request
 from fastdllm.model import BlockDiffusionLM
@@ -53,9 +54,7 @@ class TransformersEngine:
     def _completion(self, index: int, request: Request, tokens: list[int], longest: int) -> Completion:
         """Return the answer; each token counts as one pass, and a row stays in its batch to the end."""
         kept = tokens[:-1] if tokens and tokens[-1] in self.stop_ids else tokens
-        text = self.tokenizer.decode(kept, skip_special_tokens=False)
-        for stop in request.stop_strings:
-            text = text.split(stop, 1)[0]
+        text = cut_text(self.tokenizer.decode(kept, skip_special_tokens=False), request.stop_strings)
         return Completion(
             index=index,
             tokens=tokens,

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import re
 import secrets
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -96,7 +95,6 @@ class Guard:
 class _Endpoints:
     def __init__(self, service: Service, settings: AppSettings):
         self.service, self.settings = service, settings
-        self._tokenizing = threading.Lock()  # a fast tokenizer that is asked by two threads may say "already borrowed"
         self._created = int(time.time())
 
     async def health(self, request: HttpRequest) -> Response:
@@ -114,11 +112,13 @@ class _Endpoints:
 
     async def chat(self, request: HttpRequest) -> Response | None:
         body = await self._body(request, ChatBody)
+        self._check_choices(1, body)
         prompt = await run_in_threadpool(self._chat_prompt, body)
         return await self._answer(request, body, [prompt])
 
     async def complete(self, request: HttpRequest) -> Response | None:
         body = await self._body(request, TextBody)
+        self._check_choices(len(body.prompt), body)
         prompts = await run_in_threadpool(self._text_prompts, body)
         return await self._answer(request, body, prompts)
 
@@ -146,9 +146,16 @@ class _Endpoints:
         self._check_name(body.model)
         return body
 
+    def _check_choices(self, num_prompts: int, body: Body) -> None:
+        num_choices, most = body.n or 1, min(MAX_CHOICES, self.service.max_waiting)  # more would never get a place
+        if num_prompts * num_choices > most:
+            raise ProtocolError(
+                400, f"prompts times n must be at most {most}, got {num_prompts} times {num_choices}.", param="n"
+            )
+
     def _chat_prompt(self, body: ChatBody) -> list[int]:
         try:
-            with self._tokenizing:
+            with self.service.tokenizing:
                 return chat_prompt(self.service.tokenizer, body.history)
         except TemplateError as error:
             raise ProtocolError(
@@ -156,7 +163,7 @@ class _Endpoints:
             ) from None
 
     def _text_prompts(self, body: TextBody) -> list[list[int]]:
-        with self._tokenizing:
+        with self.service.tokenizing:
             return [
                 self.service.tokenizer(prompt, add_special_tokens=False).input_ids
                 if isinstance(prompt, str)
@@ -182,22 +189,15 @@ class _Endpoints:
 
     def _submit(self, body: Body, prompts: list[list[int]]) -> list[Answer]:
         """Return an answer for each choice of each prompt; all are under way, or none is."""
-        num_choices = body.n or 1
-        if len(prompts) * num_choices > MAX_CHOICES:
-            raise ProtocolError(
-                400,
-                f"prompts times n must be at most {MAX_CHOICES}, got {len(prompts)} times {num_choices}.",
-                param="n",
-            )
         if body.stream_options is not None and not body.stream:
             raise ProtocolError(400, "stream_options needs stream true; leave it out.", param="stream_options")
         service, answers = self.service, []
         mode, decode, reuse = body.settings(service.mode, service.decode)
-        seed = body.seed if body.seed is not None else secrets.randbelow(2**31) if decode.temperature else 0
         try:
             for prompt in prompts:
+                seed = _first_seed(body, decode.temperature)
                 asked = Request(prompt=prompt, max_new_tokens=self._limit(body, prompt), stop_strings=body.stop)
-                for number in range(num_choices):
+                for number in range(body.n or 1):
                     request = replace(asked, seed=seed + number)
                     answers.append(service.submit(request, mode=mode, decode=decode, reuse=reuse))
         except (ValueError, RuntimeError) as error:
@@ -209,6 +209,13 @@ class _Endpoints:
     def _limit(self, body: Body, prompt: list[int]) -> int:
         left = max(1, self.service.max_tokens - len(prompt))
         return body.new_tokens or min(self.settings.default_new_tokens, left)
+
+
+def _first_seed(body: Body, temperature: float) -> int:
+    """Return the seed of a prompt's first choice: the one asked for, else another one each time."""
+    if body.seed is not None:
+        return body.seed
+    return secrets.randbelow(2**31) if temperature else 0
 
 
 class EventStream(Response):

@@ -16,6 +16,7 @@ from fastdllm.decoding.reuse import ReuseConfig
 from fastdllm.serving.errors import ProtocolError
 
 MAX_CHOICES = 64
+MAX_STOP = 1000  # characters: as many tokens may have to be searched again after every pass
 LEAST_TEMPERATURE = 0.01  # below, logits divided by it may leave float32's range
 HARMLESS = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"),
@@ -65,6 +66,9 @@ def _stops(stop: Any) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(one, str) and one for one in stops):
         raise ValueError(f"stop must be a string or up to 4 of them, none empty, got {_short(stop)}.")
+    longest = max(map(len, stops), default=0)
+    if longest > MAX_STOP:
+        raise ValueError(f"a string of stop must have at most {MAX_STOP:,} characters, got one of {longest:,}.")
     return tuple(stops)
 
 
@@ -91,6 +95,9 @@ def _temperature(value: float | None) -> float | None:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+ReuseK = Annotated[int, Field(le=2**31)]  # steps are counted in 64 bits, and no answer has so many
 
 
 class Strict(BaseModel):
@@ -127,7 +134,7 @@ class Body(Strict):
     threshold: float | None = None
     policy: str | None = None
     policy_parameter: float | None = None
-    reuse_k: Annotated[int, Field(le=2**31)] | None = None
+    reuse_k: ReuseK | None = None
     subset: str | None = None
     reuse_mode: str | None = None
 
@@ -150,6 +157,7 @@ class Body(Strict):
         for name in ("subset", "reuse_mode"):
             if name in chosen and chosen.get("reuse_k", 1) == 1:
                 raise ProtocolError(400, f"{name} does nothing without reuse_k 2 or more; leave it out.", param=name)
+        decode = decode.token_by_token if mode == "ar" else decode
         changes = _of(DecodeConfig, chosen)
         if changes.get("policy", decode.policy) != decode.policy:  # whose numbers are not the other one's
             changes = {"threshold": DEFAULT_THRESHOLD, "policy_parameter": 0.0} | changes

@@ -13,7 +13,10 @@ from fastdllm.cli import run
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from fastdllm.model import BlockDiffusionLM
+
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")  # in a URL
+USUAL_TOKENS = 4096  # of a request, prompt and answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def host_names(host: str) -> tuple[str, ...]:
+    """Return the names by which clients may call what listens at the address; none: any."""
+    if not is_loopback(host):
+        return ()
+    return tuple(dict.fromkeys((*LOOPBACK_NAMES, f"[{host}]" if ":" in host else host)))
+
+
 def main(arguments: list[str]) -> None:
     """Run the command line."""
     run(ServeConfig, serve, arguments)
@@ -140,9 +150,6 @@ def make_service(config: ServeConfig):
     from fastdllm.serving.service import Service
 
     source = load(config.checkpoint, device=config.device, mode=config.mode, adapter=config.adapter)
-    most = source.model.qwen.config.max_position_embeddings
-    if config.max_tokens > most:
-        raise ValueError(f"max_tokens must be at most {most}, the positions of this model, got {config.max_tokens}.")
     decode = replace(source.decode, temperature=config.temperature, top_p=config.top_p)
     if config.threshold and source.modes == ("ar",):
         raise ValueError(
@@ -159,10 +166,22 @@ def make_service(config: ServeConfig):
         modes=source.modes,
         batch_size=config.batch_size,
         max_waiting=config.max_waiting,
-        max_tokens=config.max_tokens or min(4096, most),
+        max_tokens=most_tokens(source.model, config.max_tokens),
         max_engines=config.max_engines,
         cache_bytes=config.cache_bytes or None,
     )
+
+
+def most_tokens(model: "BlockDiffusionLM", asked: int) -> int:
+    """Return how many tokens prompt and answer may have: what is asked for; 0: USUAL_TOKENS, if the model has them.
+
+    Raises:
+        ValueError: more than the model has positions for.
+    """
+    most = model.qwen.config.max_position_embeddings
+    if asked > most:
+        raise ValueError(f"max_tokens must be at most {most}, the positions of this model, got {asked}.")
+    return asked or min(USUAL_TOKENS, most)
 
 
 def app_settings(config: ServeConfig):
@@ -176,10 +195,12 @@ def app_settings(config: ServeConfig):
         key = file.read_text().split("\n", 1)[0].strip()
         if not key:
             raise ValueError(f"{config.api_key_file} must hold the API key in its first line, which is empty.")
+    if not all("!" <= letter <= "~" for letter in key):
+        raise ValueError("an API key must be of printable ASCII characters without spaces, as a header can hold them.")
     return AppSettings(
         name=config.name or Path(config.checkpoint).name,
         api_key=key,
-        hosts=LOOPBACK_NAMES if is_loopback(config.host) else (),
+        hosts=host_names(config.host),
         max_body_bytes=config.max_body_bytes,
         default_new_tokens=config.default_new_tokens,
     )

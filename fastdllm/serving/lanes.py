@@ -37,7 +37,7 @@ class Lane:
             if self._session is None:
                 self._session = self._make_engine().open(self._max_tokens)
             row = self._session.submit(answer.request, is_watched=answer.is_watched)
-        except (ValueError, RuntimeError) as error:  # the answer's own; others are not touched by it
+        except Exception as error:  # the answer's own; others, and the thread that serves them, are not touched by it
             answer.fail(_message(error))
             return
         self.answers[row] = answer
@@ -53,20 +53,23 @@ class Lane:
 
     def round(self) -> None:
         """Run one pass of every slot, and hand on what it gave."""
-        started = time.perf_counter()
         try:
-            moved = self._session.round()
+            self._round()
         except Exception as error:  # whatever it is, it must not end the thread that serves others too
             self.fail(_message(error))
-            return
+
+    def _round(self) -> None:
+        started = time.perf_counter()
+        moved = self._session.round()
         for row in (*self._session.active, *moved):
             self.answers[row].begin(started, row.cached_tokens)
         for row in moved:
             answer = self.answers[row]
             answer.put(row.tokens, row.draft)
             if row.is_finished:
+                completion = row.completion(self._session.engine.tokenizer)
                 del self.answers[row]
-                answer.finish(row.completion(self._session.engine.tokenizer))
+                answer.finish(completion)
 
     def fail(self, error: str) -> None:
         """End every answer with the error, and leave the engine, whose state nobody knows, to be collected."""

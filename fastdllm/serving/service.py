@@ -72,10 +72,13 @@ class Service:
         self.decode, self.batch_size = decode or DecodeConfig(), batch_size
         self.max_waiting, self.max_tokens, self.max_engines = max_waiting, max_tokens, max_engines
         self.stop_ids = stop_token_ids(tokenizer)
+        self.tokenizing = threading.Lock()
+        """To be held while text becomes tokens: a fast tokenizer asked by two threads may say "already borrowed"."""
         self._engine_bytes = None if cache_bytes is None else cache_bytes // max_engines
         self._changed = threading.Condition()
         self._waiting: dict[Setting, deque[Answer]] = {}
         self._cancelled: list[Answer] = []
+        self._placed: deque[tuple[Lane, Answer]] = deque()  # that no longer wait and have not begun
         self._lanes: dict[Setting, Lane] = {}  # the one used last stands last
         self._closed = ""  # why, once it is
         self._num_submitted = 0
@@ -102,14 +105,16 @@ class Service:
         """Let a request wait for its turn; return its answer, which fills from now on.
 
         Args:
-            mode, decode: None for the service's own.
+            mode, decode: None for the service's own, of which mode ar takes what it reads.
             is_watched: whether updates tell what is drafted but not final.
         Raises:
             ValueError: a request that is too long or cannot be answered, or settings that do not go together.
             QueueFullError: as many wait already as may. RuntimeError: the service is closed.
         """
-        decode = self.decode if decode is None else decode
-        request, setting = self._place(request, mode or self.mode, decode, reuse or ReuseConfig())
+        mode = mode or self.mode
+        if decode is None:
+            decode = self.decode.token_by_token if mode == "ar" else self.decode
+        request, setting = self._place(request, mode, decode, reuse or ReuseConfig())
         self._check(request)
         answer = Answer(request, setting, is_watched, self._cancel)
         with self._changed:
@@ -158,7 +163,7 @@ class Service:
         if mode == "ar":
             if request.parameter is not None:
                 raise ValueError("a request's parameter has no effect token by token (mode ar); leave it out.")
-            return request, Setting(mode, DecodeConfig(temperature=decode.temperature, top_p=decode.top_p), reuse)
+            return request, Setting(mode, decode.token_by_token, reuse)
         if decode.is_verified:
             if request.parameter is not None:
                 check_parameter(decode.policy, request.parameter)  # which refuses any
@@ -213,13 +218,15 @@ class Service:
             cancelled, self._cancelled = self._cancelled, []
             for answer in cancelled:
                 self._forget(answer)
-            placed, retired = self._assign()
+            retired = self._assign()
+        for answer in cancelled:
+            answer.fail("the request was cancelled.", is_cancelled=True)
         for answer in cancelled:
             any(lane.drop(answer) for lane in self._lanes.values())
-            answer.fail("the request was cancelled.", is_cancelled=True)
         for lane in retired:
             lane.close()
-        for lane, answer in placed:
+        while self._placed:
+            lane, answer = self._placed.popleft()
             lane.take(answer)
         return True
 
@@ -239,19 +246,19 @@ class Service:
             if not queue:
                 del self._waiting[answer.setting]
 
-    def _assign(self) -> tuple[list[tuple[Lane, Answer]], list[Lane]]:
-        """Return which waiting answers begin in which lane, and the lanes that make room for new ones."""
-        placed, retired = [], []
+    def _assign(self) -> list[Lane]:
+        """Place the waiting answers that can begin in their lanes; return the lanes that make room for new ones."""
+        retired = []
         for setting in sorted(self._waiting, key=lambda setting: self._waiting[setting][0].submitted):
             lane, queue = self._lane(setting, retired), self._waiting[setting]
             if lane is None:  # nobody behind it begins before one of the others is idle and makes room
                 break
             while queue and lane.num_free > 0:
                 lane.reserved += 1
-                placed.append((lane, queue.popleft()))
+                self._placed.append((lane, queue.popleft()))
             if not queue:
                 del self._waiting[setting]
-        return placed, retired
+        return retired
 
     def _lane(self, setting: Setting, retired: list[Lane]) -> Lane | None:
         """Return the setting's lane, a new one if there may be; None if all are busy."""
@@ -279,9 +286,11 @@ class Service:
     def _fail_all(self) -> None:
         with self._changed:
             self._closed = self._closed or "the service is closed."
-            waiting = [answer for queue in self._waiting.values() for answer in queue]
+            left = [answer for _, answer in self._placed]
+            left += [answer for queue in self._waiting.values() for answer in queue]
             self._waiting, self._cancelled = {}, []
+            self._placed.clear()
         for lane in self._lanes.values():
             lane.fail(self._closed)
-        for answer in waiting:
+        for answer in left:
             answer.fail(self._closed)

@@ -1,5 +1,7 @@
 """The engine against the plain decoders, in float32; and what it counts."""
 
+import gc
+import weakref
 from dataclasses import replace
 from operator import attrgetter
 
@@ -8,6 +10,7 @@ import torch
 from conftest import make_qwen
 
 from fastdllm.decoding import engine as engine_module
+from fastdllm.decoding.clock import PassClock
 from fastdllm.decoding.engine import DecodeConfig, Engine, Request
 from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.graphs import recorded_size
@@ -157,6 +160,9 @@ def test_bad_settings_are_refused(byte_tokenizer):
     model = make_model()
     with pytest.raises(ValueError, match="must divide the block size"):
         Engine(model, byte_tokenizer, decode=DecodeConfig(sub_block_size=3))
+    for wrong in (dict(temperature=float("nan")), dict(temperature=float("inf")), dict(top_p=float("nan"))):
+        with pytest.raises(ValueError, match="temperature must be 0 or more and finite, .* got .*(nan|inf)"):
+            DecodeConfig(**wrong)
     with pytest.raises(ValueError, match="use_block_cache"):
         Engine(model, byte_tokenizer, decode=DecodeConfig(use_block_cache=False), reuse=ReuseConfig(reuse_k=2))
     with pytest.raises(ValueError, match="reuse_k"):
@@ -388,3 +394,27 @@ def test_decode_seconds_leave_out_the_prefill_that_has_ended_by_now(byte_tokeniz
     assert engine.decode_seconds == engine.decode_seconds == 0.75
     engine.prefill_clock._running[0][1].has_ended = True
     assert engine.decode_seconds == 0.5
+
+
+def test_a_clock_that_nobody_reads_keeps_no_events_of_passes_that_have_ended(monkeypatch):
+    kept = weakref.WeakSet()
+
+    class Event:
+        def __init__(self, enable_timing):
+            kept.add(self)
+
+        def record(self):
+            pass
+
+        def query(self):
+            return True
+
+        def elapsed_time(self, end):
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = PassClock(torch.device("cuda"))
+    for _ in range(100):
+        clock.run(lambda: None)
+    gc.collect()
+    assert len(kept) <= 2 and clock.read() == 25.0

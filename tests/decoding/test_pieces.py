@@ -1,6 +1,7 @@
 """Pieces of text: joined they are the text, and none is ever taken back."""
 
 import random
+from itertools import permutations
 
 import pytest
 
@@ -35,6 +36,23 @@ def test_what_may_become_a_stop_string_waits_and_nothing_behind_one_is_shown(byt
     assert shown == ["a", "b", "", "", "--c", "", "", "", ""] and rest == ""
     shown, rest = pieces_of(byte_tokenizer, ids(byte_tokenizer, "ab--"), ("---",))
     assert shown == ["a", "b", "", ""] and rest == "--"
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "cut"),
+    [
+        ("xab0c", ("b0c", "ab0"), "x"),  # ab0 is whole before b0c is
+        ("xabcd", ("abcd", "bc"), "xa"),
+        ("x\n\nQ:", ("Q:", "\n\nQ:"), "x"),  # whole at the same place: the longer one
+        ("xyz", ("a", "z", "y"), "x"),
+        ("xyz", (), "xyz"),
+    ],
+)
+def test_a_text_is_cut_alike_however_much_of_it_is_known_when_it_ends(text, stops, cut):
+    first = min((text.find(stop) + len(stop) for stop in stops if stop in text), default=len(text))
+    assert {cut_text(text[:end], orders) for end in range(first, len(text) + 1) for orders in permutations(stops)} == {
+        cut
+    }
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -298,7 +298,8 @@ def test_a_cuda_graph_of_a_policy_replays_on_new_values(name):
 def test_a_parameter_out_of_range_is_refused_with_a_way_out():
     for name, policy in POLICIES.items():
         check_parameter(name, policy.parameter_range.default)
-        for value in (0.0, -1.0, math.nan, math.inf):
+        check_parameter(name, min(policy.parameter_range.high, torch.finfo(torch.float32).max))
+        for value in (0.0, -1.0, math.nan, math.inf, 1e39):  # the last one is finite in float64 alone
             with pytest.raises(ValueError, match=f"of policy {name} must be"):
                 check_parameter(name, value)
     refused = {
@@ -307,6 +308,7 @@ def test_a_parameter_out_of_range_is_refused_with_a_way_out():
             1.5,
         ): "decode.threshold of policy threshold must be in (0, 1], got 1.5; 1.0 is one token per step.",
         ("margin", 2.0): "decode.policy_parameter of policy margin must be in (0, 1], got 2.0; try 0.8.",
+        ("fixed", 1e39): "decode.policy_parameter of policy fixed must be at most 3.4e+38, got 1e+39; try 2.",
         ("factor", 0.0): "decode.policy_parameter of policy factor must be above 0, got 0.0; try 1.",
         ("fixed", 2.5): "decode.policy_parameter of policy fixed must be a whole number above 0, got 2.5; try 2.",
         ("verified", 1.0): "policy verified has no parameter, got 1.0; leave it out",

@@ -274,6 +274,8 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(byte_tokenizer)
     moments = [Moment("a\nb", ["c", None]), Moment("c", [])]
     written, _, _ = chat(byte_tokenizer, ["go"], moments, is_terminal=True, _environ={"TERM": "dumb"})
     assert written.startswith("a\nbc\n") and "░" not in written and "\x1b" not in written
+    written, _, _ = chat(byte_tokenizer, ["go"], said("\x1b[2J"), is_terminal=True, _environ={"TERM": "dumb"})
+    assert written.startswith("␛[2J\n")  # nor may the model move it
 
 
 def test_lines_of_a_pipe_are_read_whatever_their_bytes(monkeypatch):

@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import threading
 from dataclasses import dataclass, field
 from queue import Queue
 
 import pytest
 from browsing import contrast, find, press, until
 from serving.live import running
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from fastdllm.demo import web
@@ -102,6 +105,7 @@ QUESTION = {"messages": [{"role": "user", "content": "hi"}]}
         ({"settings": {"mode": "slow"}}, "settings.mode"),
         ({"settings": {"threshold": 2.0}}, "must be in (0, 1], got 2.0"),
         ({"settings": {"reuse_k": 0}}, "reuse_k must be 1 or more"),
+        ({"settings": {"reuse_k": 2**64}}, "settings.reuse_k"),
         ({"settings": {"subset": "top", "reuse_k": 2}}, "top"),
         ({"settings": {"mode": "verified"}}, "needs an adapter"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
@@ -129,6 +133,26 @@ def test_a_service_that_takes_no_more_says_so(byte_tokenizer, error, status):
     questions.ask = refuse
     answer = client_of(app).post("/chat", json=QUESTION)
     assert answer.status_code == status and answer.json()["error"]["message"] == str(error)
+
+
+def test_a_long_question_does_not_hold_up_the_answers_of_others(byte_tokenizer):
+    questions, app = open_page(byte_tokenizer)
+    ask, threads = questions.ask, []
+
+    def remember(*arguments):
+        threads.append(threading.current_thread())
+        return ask(*arguments)
+
+    async def loop_thread(request):
+        threads.append(threading.current_thread())
+        return Response()
+
+    questions.ask, questions.is_quick = remember, True
+    app.routes.append(Route("/loop", loop_thread))
+    with client_of(app) as client:  # one event loop for both
+        client.post("/chat", json=QUESTION)
+        client.get("/loop")
+    assert len(threads) == 2 and threads[0] is not threads[1]
 
 
 def test_a_question_that_is_too_large_is_not_read(byte_tokenizer):

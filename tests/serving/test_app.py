@@ -25,7 +25,7 @@ PLACES = {"/v1/chat/completions": HELLO, "/v1/completions": TEXT}
 @pytest.fixture(scope="module")
 def service(byte_tokenizer):
     decode = DecodeConfig(threshold=0.4, sub_block_size=4)
-    with Service(make_model(), byte_tokenizer, decode=decode, batch_size=4, max_tokens=200, max_waiting=8) as made:
+    with Service(make_model(), byte_tokenizer, decode=decode, batch_size=4, max_tokens=200, max_waiting=64) as made:
         yield made
 
 
@@ -111,6 +111,17 @@ def test_without_a_seed_draws_differ_and_without_a_temperature_nothing_does(clie
     assert len({ask() for _ in range(3)}) == len({ask(temperature=1.5, seed=3) for _ in range(3)}) == 1
 
 
+def test_equal_prompts_are_drawn_apart_unless_they_share_a_seed(client):
+    def texts(**fields):
+        body = {"prompt": ["one", "one"], "n": 2, "max_tokens": 30, "temperature": 1.5}
+        return [choice["text"] for choice in client.post("/v1/completions", json=body | fields).json()["choices"]]
+
+    assert len(set(texts())) == 4
+    first, second, *again = texts(seed=3)
+    assert first != second and again == [first, second]
+    assert len(set(texts(temperature=0))) == 1
+
+
 def test_why_an_answer_ended_is_told_by_its_tokens(client, service):
     whole = client.post("/v1/completions", json=TEXT | {"max_tokens": 30}).json()["choices"][0]
     assert whole["finish_reason"] == "length" and len(whole["text"]) > 12
@@ -134,10 +145,28 @@ def test_more_tokens_than_there_may_be_are_refused_with_the_number_that_fits(cli
     assert "at most 64, got 33 times 2" in error["message"]
 
 
+def test_more_than_could_ever_wait_is_refused_for_good(byte_tokenizer):
+    with Service(make_model(), byte_tokenizer, batch_size=16, max_tokens=200, max_waiting=4) as small:
+        client = make_client(small)
+        for path, body in PLACES.items():
+            assert "at most 4, got 1 times 5" in error_of(client.post(path, json=body | {"n": 5}), 400)["message"]
+            assert client.post(path, json=body | {"n": 4}).status_code == 200
+
+
+def test_more_prompts_than_there_may_be_are_not_read(service, monkeypatch):
+    read = []
+    monkeypatch.setattr(service, "tokenizer", lambda *arguments, **options: read.append(arguments))
+    error_of(make_client(service).post("/v1/completions", json=TEXT | {"prompt": ["a"] * 65}), 400)
+    assert read == []
+
+
 def test_when_too_many_wait_all_of_a_body_is_refused_and_nothing_of_it_stays(client, service):
+    others = [service.submit(Request(prompt=[1], max_new_tokens=190)) for _ in range(50)]
     body = {"prompt": [[number] for number in range(30)], "max_tokens": 150}
     response = client.post("/v1/completions", json=body)
     assert error_of(response, 429)["code"] == "queue_full" and response.headers["retry-after"] == "1"
+    for other in others:
+        other.cancel()
     assert client.post("/v1/completions", json=TEXT).status_code == 200
     assert client.get("/health").json()["waiting"] == 0
 

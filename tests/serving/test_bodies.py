@@ -78,6 +78,7 @@ def test_fields_that_would_change_the_answer_are_refused_by_name(name):
         ({"reuse_k": 2**64}, "reuse_k", "less than or equal"),
         ({"stop": ["a"] * 5}, "stop", "up to 4 of them"),
         ({"stop": ""}, "stop", "none empty"),
+        ({"stop": "x" * 1001}, "stop", "at most 1,000 characters"),
         ({"stream_options": {"usage": True}}, "stream_options.usage", "not a field"),
         ({"mode": "both"}, "mode", "'diffusion' or 'ar'"),
     ],
@@ -116,7 +117,8 @@ def test_options_of_this_server_become_settings():
     assert chat(policy="entropy", policy_parameter=0.3).settings("diffusion", decode)[1] == DecodeConfig(
         policy="entropy", policy_parameter=0.3, sub_block_size=4
     )
-    assert chat(mode="ar", top_p=0.5).settings("diffusion", decode)[0] == "ar"
+    for usual in (decode, DecodeConfig(policy="verified")):  # of which mode ar reads nothing
+        assert chat(mode="ar", top_p=0.5).settings("diffusion", usual)[:2] == ("ar", DecodeConfig(top_p=0.5))
     for fields, message in (
         ({"threshold": 2}, "threshold"),
         ({"policy": "best"}, "policy must be one of"),

@@ -28,8 +28,9 @@ def test_options_that_are_wrong_are_refused(options, message):
 
 
 def test_other_machines_are_served_with_a_key_or_on_purpose(tmp_path):
-    for host in ("localhost", "127.0.0.1", "127.1.2.3", "::1"):
+    for host in ("localhost", "127.0.0.1", "::1"):
         assert is_loopback(host) and app_settings(ServeConfig(checkpoint=TINY, host=host)).hosts == LOOPBACK_NAMES
+    assert app_settings(ServeConfig(checkpoint=TINY, host="127.1.2.3")).hosts == (*LOOPBACK_NAMES, "127.1.2.3")
     key = tmp_path / "key"
     key.write_text("sesame\nrest\n")
     settings = app_settings(ServeConfig(checkpoint=TINY, host="0.0.0.0", api_key_file=str(key)))
@@ -38,6 +39,9 @@ def test_other_machines_are_served_with_a_key_or_on_purpose(tmp_path):
     key.write_text("\n")
     with pytest.raises(ValueError, match="must hold the API key in its first line"):
         app_settings(ServeConfig(checkpoint=TINY, api_key_file=str(key)))
+    for wrong in ("sésame", "ses\tame", " "):  # which no client can send, or which arrive otherwise
+        with pytest.raises(ValueError, match="an API key must be of printable ASCII characters without spaces"):
+            app_settings(ServeConfig(checkpoint=TINY, api_key=wrong))
     with pytest.raises(FileNotFoundError, match="api_key_file .*: no such file"):
         app_settings(ServeConfig(checkpoint=TINY, api_key_file=str(tmp_path / "nowhere")))
 

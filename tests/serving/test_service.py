@@ -13,6 +13,9 @@ from decoding.test_engine import MASK, make_model, make_prompts
 from fastdllm.decoding.engine import DecodeConfig, Engine, Request
 from fastdllm.decoding.forward import PlainForward
 from fastdllm.decoding.reuse import ReuseConfig
+from fastdllm.decoding.rows import Row
+from fastdllm.serving import service as service_module
+from fastdllm.serving.lanes import Lane
 from fastdllm.serving.service import QueueFullError, Service
 
 DECODE = DecodeConfig(threshold=0.4, sub_block_size=4)
@@ -107,6 +110,16 @@ def test_settings_that_mean_the_same_share_an_engine(serve):
     service.submit(request, mode="ar").result()
     service.submit(request, mode="ar", decode=DecodeConfig(threshold=0.2)).result()
     assert service.counts()["engines"] == 2
+
+
+def test_a_service_that_verifies_answers_token_by_token_too(serve, byte_tokenizer):
+    decode = DecodeConfig(policy="verified", temperature=0.8, top_p=0.9)
+    with Service(make_model(context="causal"), byte_tokenizer, decode=decode, max_tokens=100) as service:
+        request = Request(prompt=[1], max_new_tokens=9, seed=5)
+        answer = service.submit(request, mode="ar")
+        assert answer.result().tokens == alone(service, request, mode="ar", decode=decode).tokens
+        with pytest.raises(ValueError, match="verified does nothing in mode ar"):
+            service.submit(request, mode="ar", decode=decode)
 
 
 def test_an_event_loop_reads_answers_as_threads_do(serve):
@@ -221,6 +234,54 @@ def test_memory_that_runs_out_begins_answers_anew_and_takes_nothing_back(serve, 
     monkeypatch.undo()
     assert all(answer.tokens == alone(service, answer.request).tokens for answer in answers)
     assert capsys.readouterr().out.count("out of memory: going on with") == 2
+
+
+def ended(answers):
+    """Wait at most five seconds; return why each answer ended."""
+    deadline = time.monotonic() + 5
+    while not all(answer.is_ended for answer in answers) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert all(answer.is_ended for answer in answers)
+    return [answer.error for answer in answers]
+
+
+def test_an_engine_that_cannot_be_made_fails_its_answers_and_not_the_thread(serve, monkeypatch):
+    service, request = serve(), Request(prompt=[1], max_new_tokens=9)
+
+    def fail(*arguments, **options):
+        raise TypeError("no such kernel")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(service_module, "Engine", fail)
+        assert ended([service.submit(request) for _ in range(2)]) == ["TypeError: no such kernel"] * 2
+    assert service.submit(request).result().tokens == alone(service, request).tokens
+
+
+def test_an_answer_that_cannot_become_text_fails_its_engine_and_not_the_thread(serve, monkeypatch):
+    service, request = serve(), Request(prompt=[1], max_new_tokens=9)
+
+    def fail(*arguments):
+        raise OverflowError("no such token")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Row, "completion", fail)
+        assert ended([service.submit(request)]) == ["OverflowError: no such token"]
+    assert service.submit(request).result().tokens == alone(service, request).tokens
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # which this is about
+def test_a_thread_that_ends_leaves_no_answer_without_an_end(serve, monkeypatch):
+    service = serve(max_engines=1, batch_size=1)
+    service.submit(Request(prompt=[1], max_new_tokens=3)).result()
+
+    def fail(lane):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(Lane, "close", fail)
+    answers = [service.submit(Request(prompt=[1], max_new_tokens=9), mode="ar") for _ in range(3)]
+    answers[2].cancel()
+    assert all("the device is gone" in error or "cancelled" in error for error in ended(answers))
+    assert not service.is_alive
 
 
 @pytest.mark.parametrize(
