@@ -6,7 +6,6 @@ last two share weight names and config keys. The published `configuration.py` an
 is run and nothing is unpickled: config and tokenizer are JSON, weights are safetensors or GGUF.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -38,7 +37,7 @@ from fastdllm.config_json import (
 )
 from fastdllm.gguf import CONTROL, NORMAL, GgufFile, TokenizerParts
 from fastdllm.model import BlockDiffusionLM
-from fastdllm.runtime import replace_folder, write_text
+from fastdllm.runtime import nearest_folder, replace_folder, write_text
 
 MASK_TOKEN = "|<MASK>|"
 QWEN_MASK_TOKEN_ID = 151665  # the first id that Qwen2.5's tokenizer leaves free
@@ -242,31 +241,23 @@ def save_checkpoint(
     replace_folder(partial, folder)
 
 
-def _nearest(path: Path) -> str:
-    """Return a question after the folder beside `path` that is spelt most like it; "": there is none."""
-    can_look = path.parent.is_dir() and os.access(path.parent, os.R_OK)
-    beside = [folder.name for folder in path.parent.iterdir() if folder.is_dir()] if can_look else []
-    names = difflib.get_close_matches(path.name, beside, n=1)
-    return f" (did you mean {path.parent / names[0]}?)" if names else ""
-
-
 def _local_path(source: str, config_only: bool = False) -> Path:
     """Return the folder or file that `source` names, downloaded where it is a hub id."""
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
+    near = nearest_folder(path)
     if path.exists():
         raise ValueError(f"{source} is a file but no .gguf; give its folder, a .gguf file or a hub id.")
     if path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
-        raise FileNotFoundError(
-            f"{source} does not exist{_nearest(path)}; give an HF folder, a .gguf file or a hub id (owner/name)."
-        )
+        message = f"{source} does not exist{near}; give an HF folder, a .gguf file or a hub id (owner/name)."
+        raise FileNotFoundError(message)
     try:
         return Path(snapshot_download(source, allow_patterns=["config.json"] if config_only else HUB_FILES))
     except OSError as error:  # no network, offline mode, no such repository, no access
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FileNotFoundError(
-            f"{source} is no folder below {Path.cwd()}{_nearest(path)}, and as a hub id it could not be downloaded "
+            f"{source} is no folder below {Path.cwd()}{near}, and as a hub id it could not be downloaded "
             f"({reason}). Give a local HF folder or a .gguf file, or check the name and the network."
         ) from error
 

@@ -1,5 +1,6 @@
-"""What this process runs on: device, precision and why, code revision, versions; files written safely, and locks."""
+"""What this process runs on: device, precision and why, code revision, versions; files found and written, locks."""
 
+import difflib
 import fcntl
 import os
 import re
@@ -210,3 +211,11 @@ def _is_still_at(path: Path, file: TextIO) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def nearest_folder(path: Path) -> str:
+    """Return a question after the folder beside `path` that is spelt most like it; "": there is none."""
+    can_look = path.parent.is_dir() and os.access(path.parent, os.R_OK)
+    beside = [folder.name for folder in path.parent.iterdir() if folder.is_dir()] if can_look else []
+    names = difflib.get_close_matches(path.name, beside, n=1)
+    return f" (did you mean {path.parent / names[0]}?)" if names else ""
