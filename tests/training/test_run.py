@@ -295,4 +295,4 @@ def test_commands_export_and_convert(make_config, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["fastdllm", "exprot"])
     with pytest.raises(SystemExit):
         main()
-    assert "python -m fastdllm export --help" in capsys.readouterr().err
+    assert "did you mean export?" in capsys.readouterr().err
