@@ -5,7 +5,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
@@ -16,9 +15,10 @@ from fastdllm.demo.conversation import ChatSettings, Mode, Speaker
 from fastdllm.demo.listening import Listener
 from fastdllm.demo.terminal import TerminalChat, describe, read_line
 from fastdllm.runtime import device_name
-from fastdllm.serving.command import LOOPBACK_NAMES, address, check_extra, listen, most_tokens, run_app
+from fastdllm.serving.command import LOOPBACK_NAMES, address, check_extra, listen, model_name, most_tokens, run_app
 from fastdllm.serving.service import Service
 
+DRAWN_ALONE = ("top_p", "seed")
 WEB_ALONE = ("port", "batch_size")  # without --web there is one conversation, and no server
 
 
@@ -64,6 +64,9 @@ class ChatConfig:
             raise ValueError(f"max_tokens must be 0 (chosen) or more, got {self.max_tokens}.")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must be 0 to {2**16 - 1}, got {self.port}.")
+        for name in DRAWN_ALONE:
+            if not self.temperature and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{name} does nothing at temperature 0, got {getattr(self, name)}; set temperature.")
         for name in WEB_ALONE:
             if not self.web and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{name} does nothing in the terminal, got {getattr(self, name)}; add --web.")
@@ -126,7 +129,7 @@ def serve_page(config: ChatConfig, listener: Listener, door: socket.socket) -> N
     from fastdllm.demo.web import chat_routes
     from fastdllm.serving.app import AppSettings, make_app
 
-    name = Path(config.checkpoint).name
+    name = model_name(config.checkpoint)
     settings = AppSettings(name=name, hosts=LOOPBACK_NAMES, default_new_tokens=config.max_new_tokens)
     routes = chat_routes(listener.speaker, listener, name=name, system=config.system)
     app = make_app(listener.service, settings, routes)

@@ -73,6 +73,8 @@ class ServeConfig:
                 f"host {self.host} lets other machines ask, and no API key is set; set api_key_file, or is_open true "
                 "if anyone may."
             )
+        if self.is_open and (is_loopback(self.host) or self.api_key or self.api_key_file):
+            raise ValueError("is_open does nothing on the loopback or with an API key; leave it out.")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must be 0 to 65535, got {self.port}.")
         for name in ("max_body_bytes", "default_new_tokens"):
@@ -184,6 +186,11 @@ def most_tokens(model: "BlockDiffusionLM", asked: int) -> int:
     return asked or min(USUAL_TOKENS, most)
 
 
+def model_name(checkpoint: str) -> str:
+    """Return the last part of a checkpoint's name, also where that is the folder that one stands in."""
+    return Path(checkpoint).name or Path(checkpoint).resolve().name
+
+
 def app_settings(config: ServeConfig):
     """Return the application's part of the options."""
     from fastdllm.serving.app import AppSettings
@@ -198,7 +205,7 @@ def app_settings(config: ServeConfig):
     if not all("!" <= letter <= "~" for letter in key):
         raise ValueError("an API key must be of printable ASCII characters without spaces, as a header can hold them.")
     return AppSettings(
-        name=config.name or Path(config.checkpoint).name,
+        name=config.name or model_name(config.checkpoint),
         api_key=key,
         hosts=host_names(config.host),
         max_body_bytes=config.max_body_bytes,

@@ -155,6 +155,8 @@ def test_many_users_at_once_get_their_own_answers_on_the_page_s_routes(generator
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"seed": 3}, "seed does nothing at temperature 0, got 3; set temperature."),
+        ({"top_p": 0.5}, "top_p does nothing at temperature 0, got 0.5"),
         ({"port": 9000}, "port does nothing in the terminal, got 9000; add --web."),
         ({"batch_size": 2}, "batch_size does nothing in the terminal"),
         ({"max_tokens": 2000}, "max_tokens must be at most 1024, the positions of this model, got 2000"),

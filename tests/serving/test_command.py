@@ -17,6 +17,8 @@ TINY = str(ROOT / "data/tiny-adapted")
         ({"host": "0.0.0.0"}, "host 0.0.0.0 lets other machines ask, and no API key is set; set api_key_file"),
         ({"host": "example.org"}, "lets other machines ask"),
         ({"api_key": "a", "api_key_file": "b"}, "mean the same"),
+        ({"is_open": True}, "is_open does nothing on the loopback or with an API key"),
+        ({"is_open": True, "host": "0.0.0.0", "api_key": "k"}, "is_open does nothing on the loopback or with"),
         ({"port": 70000}, "port must be 0 to 65535, got 70000"),
         ({"max_body_bytes": 0}, "max_body_bytes must be 1 or more, got 0"),
         ({"cache_bytes": -1}, "must be 0 \\(chosen\\) or more"),
@@ -44,6 +46,13 @@ def test_other_machines_are_served_with_a_key_or_on_purpose(tmp_path):
             app_settings(ServeConfig(checkpoint=TINY, api_key=wrong))
     with pytest.raises(FileNotFoundError, match="api_key_file .*: no such file"):
         app_settings(ServeConfig(checkpoint=TINY, api_key_file=str(tmp_path / "nowhere")))
+
+
+def test_a_model_is_called_by_the_last_part_of_its_checkpoint(monkeypatch):
+    assert app_settings(ServeConfig(checkpoint="Qwen/Qwen2.5-0.5B-Instruct")).name == "Qwen2.5-0.5B-Instruct"
+    monkeypatch.chdir(TINY)
+    assert app_settings(ServeConfig(checkpoint=".")).name == "tiny-adapted"
+    assert app_settings(ServeConfig(checkpoint=".", name="own")).name == "own"
 
 
 def test_a_service_takes_the_checkpoint_s_settings_where_none_are_given():
