@@ -4,7 +4,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdllm.cli import run, run_command
+from fastdllm import demo
+from fastdllm.cli import main_of, run, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,58 +82,15 @@ def _curves(config: CurvesConfig) -> None:
     print(draw_curves({Path(folder).name: folder for folder in config.runs}, config.output))
 
 
-def inspect_data(arguments: list[str]) -> None:
-    """Show samples, labels, blocks and masks of a training run."""
-    from fastdllm.demo.inspect_data import main
-
-    main(arguments)
-
-
-def distill(arguments: list[str]) -> None:
-    """Let a model answer prompts, as training data."""
-    from fastdllm.distill import main
-
-    main(arguments)
-
-
-def doctor(arguments: list[str]) -> None:
-    """Say what this machine can do, what is missing, and whether a training run fits."""
-    from fastdllm.demo.doctor import main
-
-    main(arguments)
-
-
-def view(arguments: list[str]) -> None:
-    """Write a page that plays the traces of a run."""
-    from fastdllm.demo.view import main
-
-    main(arguments)
-
-
-def chat(arguments: list[str]) -> None:
-    """Talk to a model, in the terminal or with --web in the browser."""
-    from fastdllm.demo.chat import main
-
-    main(arguments)
-
-
-def serve(arguments: list[str]) -> None:
-    """Answer OpenAI's clients over HTTP."""
-    from fastdllm.serving.command import main
-
-    main(arguments)
-
-
 COMMANDS = {
-    "doctor": doctor,
+    "doctor": main_of("fastdllm.demo.doctor", "Say what this machine can do, what is missing, whether a run fits."),
     "export": export,
     "convert": convert,
     "curves": curves,
-    "inspect-data": inspect_data,
-    "distill": distill,
-    "view": view,
-    "chat": chat,
-    "serve": serve,
+    "inspect-data": main_of("fastdllm.demo.inspect_data", "Show samples, labels, blocks and masks of a training run."),
+    "distill": main_of("fastdllm.distill", "Let a model answer prompts, as training data."),
+    **demo.COMMANDS,
+    "serve": main_of("fastdllm.serving.command", "Answer OpenAI's clients over HTTP."),
 }
 
 

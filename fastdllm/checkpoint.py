@@ -141,14 +141,13 @@ def open_checkpoint(
     if path.suffix == ".gguf":
         gguf = GgufFile(path)
         raw = gguf.config()
-        config = Qwen2Config(**qwen_arguments(raw, source))
         tokenizer, files = _tokenizer_from_parts(gguf.tokenizer_parts()), [path]
         read_tensors = partial(gguf.tensors, dtype)
     else:
         raw = read_config(path)
-        config = Qwen2Config(**qwen_arguments(raw, source))
         tokenizer, files = _load_tokenizer(path), _weight_files(path)
         read_tensors = partial(_read_tensors, files)
+    config = Qwen2Config(**qwen_arguments(raw, source))
     if not tokenizer.chat_template:
         raise ValueError(f"The tokenizer of {source} has no chat template; use the Instruct model's tokenizer files.")
     mask_token_id = add_mask_token(tokenizer, config.vocab_size)

@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -70,6 +71,16 @@ def run(config_class: type[Config], action: Callable[[Config], object], argv: li
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # Ctrl-C: a traceback would say nothing that the user does not know
         raise SystemExit(INTERRUPTED) from None
+
+
+def main_of(module: str, what: str) -> Callable[[list[str]], None]:
+    """Return a command, described by `what`: the module's `main`, read when it runs."""
+
+    def command(arguments: list[str]) -> None:
+        import_module(module).main(arguments)
+
+    command.__doc__ = what
+    return command
 
 
 def run_command(program: str, commands: dict[str, Callable[[list[str]], None]], arguments: list[str]) -> None:

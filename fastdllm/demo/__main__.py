@@ -3,6 +3,7 @@
 import sys
 
 from fastdllm.cli import run_command
+from fastdllm.demo import COMMANDS
 
 
 def run_demo(arguments: list[str]) -> None:
@@ -13,19 +14,5 @@ def run_demo(arguments: list[str]) -> None:
     run(DemoConfig, run_demo, arguments)
 
 
-def view(arguments: list[str]) -> None:
-    """Write a page that plays the traces of a run."""
-    from fastdllm.demo.view import main
-
-    main(arguments)
-
-
-def chat(arguments: list[str]) -> None:
-    """Talk to a model, in the terminal or with --web in the browser."""
-    from fastdllm.demo.chat import main
-
-    main(arguments)
-
-
 if __name__ == "__main__":
-    run_command("fastdllm.demo", {"run": run_demo, "view": view, "chat": chat}, sys.argv[1:])
+    run_command("fastdllm.demo", {"run": run_demo, **COMMANDS}, sys.argv[1:])
