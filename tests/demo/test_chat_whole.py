@@ -152,6 +152,27 @@ def test_many_users_at_once_get_their_own_answers_on_the_page_s_routes(generator
         assert last["end"] == "stop" and last["cost"]["num_tokens"] > 10
 
 
+@pytest.mark.parametrize("web", [False, True])
+def test_every_option_reaches_the_conversation(monkeypatch, web):
+    seen = {}
+
+    def look(config, listener, *door):
+        service = listener.service
+        seen.update(new=listener.max_new_tokens, seed=listener.seed, tokens=service.max_tokens, size=service.batch_size)
+        seen.update(temperature=service.decode.temperature, top_p=service.decode.top_p)
+        settings = listener.speaker.usual
+        mode, decode, _ = listener.speaker.options(settings)
+        seen.update(mode=mode, drawn=(decode.temperature, decode.top_p), threshold=settings.threshold)
+
+    for name in ("_talk", "serve_page"):
+        monkeypatch.setattr(chat_module, name, look)
+    options = dict(temperature=0.7, top_p=0.5, seed=3, max_new_tokens=9, max_tokens=99, threshold=0.6)
+    options |= dict(web=True, port=0, batch_size=2) if web else {}
+    chat(ChatConfig(checkpoint=MODEL, device="cpu", **options))
+    expected = dict(new=9, seed=3, tokens=99, size=2 if web else 1, temperature=0.7, top_p=0.5)
+    assert seen == expected | dict(mode="diffusion", drawn=(0.7, 0.5), threshold=0.6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -69,6 +69,16 @@ def test_a_service_takes_the_checkpoint_s_settings_where_none_are_given():
         make_service(ServeConfig(checkpoint=TINY, max_tokens=2000))
 
 
+def test_every_limit_of_the_options_reaches_the_service_and_the_application():
+    limits = dict(batch_size=3, max_waiting=5, max_engines=2, top_p=0.5, temperature=0.7, mode="ar")
+    with make_service(ServeConfig(checkpoint=TINY, device="cpu", cache_bytes=10**8, **limits)) as service:
+        assert (service.batch_size, service.max_waiting, service.max_engines) == (3, 5, 2)
+        assert (service.decode.top_p, service.decode.temperature, service.mode) == (0.5, 0.7, "ar")
+        assert service._engine_bytes == 10**8 // 2
+    settings = app_settings(ServeConfig(checkpoint=TINY, max_body_bytes=99, default_new_tokens=7))
+    assert (settings.max_body_bytes, settings.default_new_tokens) == (99, 7)
+
+
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded():
     message = "cannot listen at 127.0.0.1, port .*; try another --port"
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(RuntimeError, match=message):
