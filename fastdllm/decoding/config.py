@@ -35,7 +35,7 @@ class DecodeConfig:
     accepted and how many requests are decoded together."""
     draft_groups: str = "all"
     """Policy verified: the numbers of accepted drafts for which a pass makes the next ones: all, or a list from 0 such
-    as 0,4,8. Behind another number those of the next smaller one are used, as far as they reach."""
+    as 0,4,7. Behind another number those of the next smaller one are used, as far as they reach."""
     temperature: float = 0.0
     """0 is greedy; above 0 proposals are drawn at this temperature."""
     top_p: float = 0.95
